@@ -1,0 +1,399 @@
+"""What a run is, as data: the model, the phases and how each grows out of the one before.
+
+A preset is a function that returns a complete `Run`; the command line overrides fields of it.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+
+class InputError(ValueError):
+    """Something the user asked for cannot be done. The message names the field and the value."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raises InputError with `message` unless the condition on a user's value `holds`."""
+    if not holds:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: a Llama when dense, a Mixtral with experts."""
+
+    vocab_size: int = 50_257
+    """0 takes the tokenizer's."""
+    d_model: int = 512
+    n_layers: int = 12
+    n_heads: int = 8
+    n_kv_heads: int | None = None
+    """Key/value heads, each serving n_heads / n_kv_heads query heads; None: as many as n_heads."""
+    d_ff: int = 1408
+    """Inner width of the SwiGLU feed-forward, per expert."""
+    seq_len: int = 256
+    """Context in tokens."""
+    num_experts: int = 0
+    """Experts per layer; 0 is a dense model."""
+    top_k: int = 2
+    """Experts that each token visits; unused in a dense model."""
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    tied: bool = True
+    """The head is the token embedding."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by it: widening by r divides it by r where the head is tied."""
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "d_ff", "seq_len"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name} = {value} must be at least 1")
+        require(self.vocab_size >= 0, f"model.vocab_size = {self.vocab_size} must not be negative")
+        require(
+            self.d_model % self.n_heads == 0,
+            f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
+        )
+        require(
+            self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
+            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
+        )
+        require(
+            self.position != "rope" or self.head_dim % 2 == 0,
+            f"rotary positions need an even head size: model.d_model = {self.d_model} over "
+            f"model.n_heads = {self.n_heads} gives {self.head_dim}",
+        )
+        require(self.num_experts >= 0, f"model.num_experts = {self.num_experts} is negative")
+        require(
+            not self.num_experts or 1 <= self.top_k <= self.num_experts,
+            f"model.top_k = {self.top_k} must be between 1 and "
+            f"model.num_experts = {self.num_experts}",
+        )
+        require(self.norm_eps > 0, f"model.norm_eps = {self.norm_eps} must be positive")
+        require(self.rope_theta > 0, f"model.rope_theta = {self.rope_theta} must be positive")
+        require(
+            self.position in ("rope", "learned"),
+            f"model.position = {self.position!r} must be 'rope' or 'learned'",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def num_params(self) -> int:
+        return self._count(experts=self.num_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token passes through: top_k of the experts."""
+        return self._count(experts=min(self.top_k, self.num_experts))
+
+    def _count(self, experts: int) -> int:
+        heads, kv = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.d_model * (2 * heads + 2 * kv)
+        ffn = 3 * self.d_model * self.d_ff * (experts or 1) + self.d_model * self.num_experts
+        tables = self.vocab_size * (1 if self.tied else 2)
+        tables += self.seq_len if self.position == "learned" else 0
+        norms = (2 * self.n_layers + 1) * self.d_model
+        return self.n_layers * (attention + ffn) + tables * self.d_model + norms
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """Every feed-forward becomes `num_experts` copies of itself behind a router."""
+
+    num_experts: int = 8
+    top_k: int = 2
+    max_logit_drift: float = 1e-4
+    """Largest |logit difference| allowed on the probe batch, in float32."""
+    max_loss_drift: float = 1e-4
+    """Largest change of the probe loss allowed, in nats."""
+
+    def __post_init__(self) -> None:
+        require(self.num_experts >= 1, f"num_experts = {self.num_experts} must be at least 1")
+        require(
+            1 <= self.top_k <= self.num_experts,
+            f"top_k = {self.top_k} must be between 1 and num_experts = {self.num_experts}",
+        )
+
+
+@dataclass(frozen=True)
+class Widen:
+    """Residual stream, heads and feed-forward repeated `factor` times; a head keeps its size."""
+
+    factor: int = 2
+    noise: float = 0.1
+    """Noise on the copies, relative to each weight's standard deviation; it cancels over the copied
+    inputs, so the function is kept. At 0 the copies get equal gradients and stay equal for ever."""
+    max_logit_drift: float = 1e-3
+    """Largest |logit difference| allowed on the probe batch, in float32."""
+    max_loss_drift: float = 1e-4
+    """Largest change of the probe loss allowed, in nats."""
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, f"factor = {self.factor} must be at least 1")
+        require(self.noise >= 0, f"noise = {self.noise} must not be negative")
+
+
+Where = Literal["interleaved", "end"]
+
+
+@dataclass(frozen=True)
+class Deepen:
+    """New blocks that add nothing yet: their output projections start at zero."""
+
+    extra_layers: int = 3
+    where: Where = "interleaved"
+    max_logit_drift: float = 1e-4
+    """Largest |logit difference| allowed on the probe batch, in float32."""
+    max_loss_drift: float = 1e-4
+    """Largest change of the probe loss allowed, in nats."""
+
+    def __post_init__(self) -> None:
+        require(self.extra_layers >= 0, f"extra_layers = {self.extra_layers} is negative")
+        require(
+            self.where in ("interleaved", "end"),
+            f"where = {self.where!r} must be 'interleaved' or 'end'",
+        )
+
+
+Growth = Upcycle | Widen | Deepen
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, and how the model of the phase before becomes this one's."""
+
+    grow: Growth | None = None
+    """None trains the model as it is."""
+    steps: int = 1000
+    batch_size: int = 8
+    """Sequences of seq_len tokens in each optimizer step."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    checkpoint: str = ""
+    """File name of the trained model; empty: <phase>_final.pt."""
+    init_checkpoint: str = ""
+    """File name of the model just grown, before training; empty: not written."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"steps = {self.steps} must not be negative")
+        require(self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1")
+        require(self.lr >= 0, f"lr = {self.lr} must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The four phases of the default schedule, and how every phase is trained."""
+
+    steps_phase1: int = 1000
+    steps_phase2: int = 1000
+    steps_phase3: int = 500
+    steps_phase4: int = 500
+    lr_phase1: float = 3e-4
+    lr_phase2: float = 2e-4
+    lr_phase3: float = 1e-4
+    lr_phase4: float = 5e-5
+    batch_size: int = 8
+    """Sequences per optimizer step in phases 1 and 2."""
+    batch_size_phase3: int = 2
+    batch_size_phase4: int = 1
+    upcycle: Upcycle = Upcycle()
+    """How phase 1's model becomes phase 2's."""
+    widen: Widen = Widen()
+    """How phase 2's model becomes phase 3's."""
+    deepen: Deepen = Deepen()
+    """How phase 3's model becomes phase 4's."""
+
+    micro_batch_size: int | None = None
+    """Sequences at a time; gradients add up to the whole batch. None: the batch at once."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices and embeddings; gains of norms are left alone."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup: float = 0.05
+    """Share of each phase's steps over which the learning rate rises to its peak."""
+    lr_floor: float = 0.1
+    """What the cosine decay ends at, as a share of the peak."""
+    balance_coef: float = 1e-2
+    """Weight of the load-balancing loss (mean over layers)."""
+    z_coef: float = 1e-3
+    """Weight of the router's z-loss (mean over layers)."""
+    log_every: int = 10
+    """Steps between lines in the history."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out text; the start and the end of a phase always are."""
+    eval_tokens: int = 32_768
+    """Held-out tokens per evaluation."""
+    probe_sequences: int = 8
+    """Sequences in the frozen batch that judges each growth."""
+    sample_tokens: int = 80
+    """Length of the stories written at the end of each phase; 0 writes none."""
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "eval_every", "probe_sequences"):
+            value = getattr(self, name)
+            require(value >= 1, f"training.{name} = {value} must be at least 1")
+        for name in ("weight_decay", "eval_tokens", "sample_tokens", "balance_coef", "z_coef"):
+            value = getattr(self, name)
+            require(value >= 0, f"training.{name} = {value} must not be negative")
+        for name in ("warmup", "lr_floor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"training.{name} = {value} must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"training.{name} = {value} must be in [0, 1)")
+        require(self.grad_clip > 0, f"training.grad_clip = {self.grad_clip} must be positive")
+        micro = self.micro_batch_size
+        require(
+            micro is None or micro >= 1, f"training.micro_batch_size = {micro} must be at least 1"
+        )
+
+    def phases(self) -> dict[str, Phase]:
+        """The default schedule: dense, mixture of experts, wider, deeper."""
+        return {
+            "dense": Phase(
+                steps=self.steps_phase1,
+                batch_size=self.batch_size,
+                lr=self.lr_phase1,
+                checkpoint="dense_model.pt",
+            ),
+            "moe": Phase(
+                self.upcycle,
+                steps=self.steps_phase2,
+                batch_size=self.batch_size,
+                lr=self.lr_phase2,
+                checkpoint="moe_model_final.pt",
+                init_checkpoint="moe_model_init.pt",
+            ),
+            "wide": Phase(
+                self.widen,
+                steps=self.steps_phase3,
+                batch_size=self.batch_size_phase3,
+                lr=self.lr_phase3,
+                checkpoint="medium_moe_final.pt",
+            ),
+            "deep": Phase(
+                self.deepen,
+                steps=self.steps_phase4,
+                batch_size=self.batch_size_phase4,
+                lr=self.lr_phase4,
+                checkpoint="large_moe_final.pt",
+            ),
+        }
+
+
+SCHEDULE_FIELDS = ["upcycle", "widen", "deepen", "batch_size"]
+SCHEDULE_FIELDS += [f.name for f in fields(TrainingConfig) if "_phase" in f.name]
+"""What makes the default schedule; beside `Run.phases` these fields of TrainingConfig are idle."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "auto"
+    """`auto`: TinyStories from the hub, or the built-in stories where no hub can be reached.
+    `tinystories`: from the hub, or an error. `hub:NAME`: another text dataset there.
+    `builtin`: stories from a small seeded grammar, no network. Anything else is a path: a text
+    file (.txt, .txt.gz; stories separated by <|endoftext|>) or a folder of them, where files named
+    valid* are the held-out text."""
+    tokenizer: str = "auto"
+    """A folder with a tokenizer.json or a name on the hub. `auto`: gpt2, and for the built-in
+    stories `learned`, a byte-level BPE learned on the text itself."""
+    num_stories: int = 50_000
+    """Read no more than this many stories; 0 reads all."""
+    text_field: str = "text"
+    """The column that holds the text in a dataset from the hub."""
+    holdout: float = 0.05
+    """Share of the stories held out for validation where the source has no split for it."""
+    cache: Path = Path("~/.cache/model-growth")
+    """Tokens are written here once."""
+
+    def __post_init__(self) -> None:
+        require(self.num_stories >= 0, f"data.num_stories = {self.num_stories} is negative")
+        require(0 < self.holdout < 1, f"data.holdout = {self.holdout} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A language model that grows while it trains."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    phases: dict[str, Phase] = field(default_factory=dict)
+    """A schedule of its own, by name and in order; empty: the four phases of `training`."""
+    out: Path = Path("checkpoints")
+    """Folder for checkpoints, history and plot."""
+    seed: int = 0
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps, cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the training step; weights and optimizer are float32. auto: bf16 autocast on CUDA."""
+    overwrite: bool = False
+    """Replace what an earlier run left in `out`."""
+    dry_run: bool = False
+    """Print what would run, phase by phase, and stop."""
+
+    def __post_init__(self) -> None:
+        default = TrainingConfig()
+        changed = [
+            name
+            for name in SCHEDULE_FIELDS
+            if getattr(self.training, name) != getattr(default, name)
+        ]
+        require(
+            not (self.phases and changed),
+            f"phases is set ({', '.join(self.phases)}), so training.{', training.'.join(changed)} "
+            f"would have no effect: set the fields of the phases instead",
+        )
+
+    @property
+    def schedule(self) -> dict[str, Phase]:
+        return self.phases or self.training.phases()
+
+
+def full() -> Run:
+    """64 M dense -> 246 M mixture of experts -> 932 M twice as wide -> 1.15 B deeper. One GPU."""
+    return Run()
+
+
+def tiny() -> Run:
+    """All four phases in about a minute on a laptop's CPU, on the built-in stories."""
+    model = ModelConfig(
+        vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128, num_experts=0
+    )
+    training = TrainingConfig(
+        steps_phase1=300,
+        steps_phase2=150,
+        steps_phase3=100,
+        steps_phase4=100,
+        lr_phase1=3e-3,
+        lr_phase2=2e-3,
+        lr_phase3=1e-3,
+        lr_phase4=7e-4,
+        batch_size=16,
+        batch_size_phase3=16,
+        batch_size_phase4=16,
+        upcycle=Upcycle(num_experts=4),
+        deepen=Deepen(extra_layers=1),
+        eval_every=50,
+        eval_tokens=16_384,
+    )
+    return replace(
+        full(),
+        model=model,
+        training=training,
+        data=DataConfig(source="builtin", num_stories=8_000),
+    )
+
+
+PRESETS = {preset.__name__: preset for preset in (full, tiny)}

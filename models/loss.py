@@ -1,0 +1,39 @@
+"""Cross-entropy of the next token, sparing the memory that float32 logits would take."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024
+"""Tokens whose float32 logits exist at a time."""
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax(logits)[target], in float32 or better whatever the logits are.
+
+    The gradient, (softmax - onehot) / N, is made on the way and kept in the logits' own precision:
+    1 copy of them where autograd keeps 3, two of those in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, target_N: Tensor) -> Tensor:
+        exact = torch.promote_types(logits_NV.dtype, torch.float32)
+        loss, grads = torch.zeros((), device=logits_NV.device, dtype=exact), []
+        for logits, target in zip(logits_NV.split(CHUNK), target_N.split(CHUNK), strict=True):
+            log_p, target = logits.to(exact).log_softmax(-1), target[:, None]
+            loss -= log_p.gather(1, target).sum()
+            if ctx.needs_input_grad[0]:
+                grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
+                grads.append(grad.div_(len(logits_NV)).to(logits.dtype))
+        if grads:
+            ctx.save_for_backward(torch.cat(grads))
+        return loss / len(logits_NV)
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * grad_loss.to(grad_NV.dtype), None
+
+
+def next_token_loss(logits_BTV: Tensor, tokens_BS: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of predicting windows (B, T + 1) from their first T tokens."""
+    return CrossEntropy.apply(logits_BTV.flatten(0, 1), tokens_BS[:, 1:].flatten())

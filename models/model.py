@@ -1,0 +1,208 @@
+"""A pre-norm decoder: exactly a Llama when dense, exactly a Mixtral with experts.
+
+Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads, G key/value heads,
+K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
+"""
+
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig, require
+from models.moe import MoE, Routing
+from models.precision import lowered
+
+# What each dimension of each parameter is, written "outputs < input". Growth and its tests read
+# this table; nothing else needs to know how a tensor is laid out.
+AXES = {
+    "embed.weight":                "vocab embed",
+    "position.weight":             "position embed",
+    "blocks.*.attn_norm.weight":   "embed",
+    "blocks.*.attn.q_proj.weight": "heads < embed",
+    "blocks.*.attn.k_proj.weight": "kv_heads < embed",
+    "blocks.*.attn.v_proj.weight": "kv_heads < embed",
+    "blocks.*.attn.o_proj.weight": "embed < heads",
+    "blocks.*.ffn_norm.weight":    "embed",
+    "blocks.*.mlp.gate_proj.weight": "ffn < embed",
+    "blocks.*.mlp.up_proj.weight": "ffn < embed",
+    "blocks.*.mlp.down_proj.weight": "embed < ffn",
+    "blocks.*.moe.router.weight":  "expert < embed",
+    "blocks.*.moe.gate_proj":      "expert ffn < embed",
+    "blocks.*.moe.up_proj":        "expert ffn < embed",
+    "blocks.*.moe.down_proj":      "expert embed < ffn",
+    "norm.weight":                 "embed",
+    "head.weight":                 "vocab < embed",
+}  # fmt: skip
+
+
+def axes(name: str) -> tuple[tuple[str, ...], str | None]:
+    """The output axes of a parameter and the one its products are summed over, None for tables
+    and gains. Raises KeyError for a parameter that AXES does not know."""
+    for pattern, dims in AXES.items():
+        if fnmatchcase(name, pattern):
+            outputs, _, summed = dims.partition("<")
+            return tuple(outputs.split()), summed.strip() or None
+    raise KeyError(f"no row of AXES matches {name}")
+
+
+def initialise(name: str, weight: Tensor, n_layers: int, generator: torch.Generator | None = None):
+    """GPT-2's law: normal with 0.02, projections onto the residual stream divided by the square
+    root of how many there are; gains are one, routers Xavier-uniform."""
+    law = partial(nn.init.normal_, std=0.02, generator=generator)
+    if name.endswith("norm.weight"):
+        law = nn.init.ones_
+    elif name.endswith("router.weight"):
+        law = partial(nn.init.xavier_uniform_, generator=generator)
+    elif "o_proj" in name or "down_proj" in name:
+        law = partial(nn.init.normal_, std=0.02 / (2 * n_layers) ** 0.5, generator=generator)
+    law(weight)
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    """(B, T, V)"""
+    routing: tuple[Routing, ...]
+    """One per mixture-of-experts layer; empty when dense."""
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Mean over layers; zero when dense."""
+        return self._mean([layer.balance for layer in self.routing])
+
+    @property
+    def z_loss(self) -> Tensor:
+        """Mean over layers; zero when dense."""
+        return self._mean([layer.z for layer in self.routing])
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        return torch.stack(values).mean() if values else self.logits.new_zeros(())
+
+
+class SLM(nn.Module):
+    """tokens (B, T) int64 -> logits (B, T, V) and what the routers did. T is at most seq_len."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        require(config.vocab_size > 0, "model.vocab_size = 0 stands for the tokenizer's: set it")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.position = nn.Embedding(config.seq_len, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                initialise(name, weight, config.n_layers)
+
+    def forward(self, tokens_BT: Tensor) -> Output:
+        config, length = self.config, tokens_BT.shape[1]
+        if length > config.seq_len:
+            raise ValueError(f"{length} tokens do not fit a context of {config.seq_len}")
+        x_BTD = self.embed(tokens_BT)
+        rotation = None
+        if config.position == "learned":
+            x_BTD = x_BTD + self.position.weight[:length]
+        else:
+            rotation = rotary(length, config, x_BTD)
+        routing = []
+        for block in self.blocks:
+            x_BTD, layer = block(x_BTD, rotation)
+            if layer is not None:
+                routing.append(layer)
+        x_BTD = self.norm(x_BTD) * config.logit_scale
+        head_VD = self.embed.weight if config.tied else self.head.weight
+        return Output(unembed(x_BTD, head_VD), tuple(routing))
+
+
+def unembed(x_BTD: Tensor, head_VD: Tensor) -> Tensor:
+    """Logits (B, T, V). On a GPU their rows are padded to whole 128 bytes inside: with the 50,257
+    columns of GPT-2's vocabulary as they are, cuBLAS falls back to slow kernels."""
+    if not x_BTD.is_cuda:
+        return F.linear(x_BTD, head_VD)
+    padded = F.pad(lowered(head_VD), (0, 0, 0, -len(head_VD) % 64))
+    return F.linear(lowered(x_BTD), padded)[..., : len(head_VD)]
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        if config.num_experts:
+            self.moe = MoE(config)
+        else:
+            self.mlp = MLP(config)
+        self.is_moe = config.num_experts > 0
+
+    def forward(
+        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + self.attn(lowered(self.attn_norm(x_BTD)), rotation)
+        h_BTD, routing = self.ffn_norm(x_BTD), None
+        if self.is_moe:
+            h_BTD, routing = self.moe(h_BTD)
+        else:
+            h_BTD = self.mlp(h_BTD)
+        return x_BTD + h_BTD, routing
+
+
+class Attention(nn.Module):
+    """Causal; `kv_heads` key/value heads serve `n_heads` query heads in groups, in order."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.kv_heads != config.n_heads
+        heads, kv_heads = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
+        # Apart, not packed into one: a packed matrix would tile into q k v q k v.
+        self.q_proj = nn.Linear(config.d_model, heads, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_heads, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_heads, bias=False)
+        self.o_proj = nn.Linear(heads, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = (
+            proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotation is not None:
+            q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped
+        )
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = lowered(x_BTD)
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+def rotary(length: int, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, K) of the rotary angles (2104.09864), halves paired as Llama does."""
+    pair = torch.arange(0, config.head_dim, 2, device=like.device, dtype=like.dtype)
+    speed = config.rope_theta ** (-pair / config.head_dim)
+    angle_TK = torch.outer(torch.arange(length, device=like.device, dtype=like.dtype), speed)
+    angle_TK = torch.cat([angle_TK, angle_TK], -1)
+    return lowered(angle_TK.cos()), lowered(angle_TK.sin())
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    first, second = x_BHTK.chunk(2, -1)
+    return x_BHTK * cos_TK + torch.cat([-second, first], -1) * sin_TK

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from config import InputError
+from utils.history import History, read
+
+
+def ticking(*seconds):
+    return iter(seconds).__next__
+
+
+def test_what_was_written_is_read_back_in_full(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with History(path, ticking(5.0, 5.5, 7.25)) as history:
+        history("run", config={"d_ff": 8, "out": Path("a/b")}, corpus="b\n\u2028ö", fallback=False)
+        history("eval", valid_loss=1 / 3, expert_load=[[0.1, 0.9], [0.5, 0.5]])
+    assert read(path) == [
+        {
+            "event": "run",
+            "wall_s": 0.5,
+            "config": {"d_ff": 8, "out": "a/b"},
+            "corpus": "b\n\u2028ö",
+            "fallback": False,
+        },
+        {
+            "event": "eval",
+            "wall_s": 2.25,
+            "valid_loss": 1 / 3,
+            "expert_load": [[0.1, 0.9], [0.5, 0.5]],
+        },
+    ]
+
+
+def test_every_line_is_json_with_the_event_first_and_is_there_at_once(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with History(path) as history:
+        for step in range(3):
+            history("step", step=step, loss=0.1)
+            lines = path.read_text().splitlines()
+            assert [json.loads(line)["step"] for line in lines] == list(range(step + 1))
+            assert all(line.startswith('{"event": "step", "wall_s": ') for line in lines)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [[0.5, float("nan")]]])
+def test_a_number_that_is_not_finite_is_refused_by_name_and_nothing_is_written(tmp_path, value):
+    path = tmp_path / "history.jsonl"
+    with History(path) as history:
+        history("step", loss=1.0)
+        with pytest.raises(ValueError, match="grad_norm"):
+            history("step", loss=1.0, grad_norm=value)
+    assert [event["event"] for event in read(path)] == ["step"]
+
+
+def test_a_line_torn_anywhere_is_not_read_and_the_next_run_writes_over_it(tmp_path):
+    path = tmp_path / "history.jsonl"
+    whole = b'{"event": "run", "wall_s": 1.0}\n'
+    torn = '{"event": "step", "wall_s": 2.0, "name": "ö"}'.encode()
+    for length in range(len(torn) + 1):
+        path.write_bytes(whole + torn[:length])
+        assert [event["event"] for event in read(path)] == ["run"]
+        with History(path) as history:
+            history("end")
+        assert [event["event"] for event in read(path)] == ["run", "end"]
+
+
+@pytest.mark.parametrize("damage", [b'{"event": "st', b"", b"\0\0", b"\xff{}", b"3", b"{}"])
+def test_any_other_damage_is_named_by_file_and_line(tmp_path, damage):
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(b'{"event": "run", "wall_s": 0}\n' + damage + b"\n")
+    with pytest.raises(InputError, match=r"history\.jsonl, line 2"):
+        read(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent\.jsonl"):
+        read(tmp_path / "absent.jsonl")
+
+
+def test_time_goes_on_where_the_last_run_stopped(tmp_path):
+    path = tmp_path / "history.jsonl"
+    with History(path, ticking(100.0, 160.0)) as history:
+        history("checkpoint")
+    with History(path, ticking(7.0, 8.0)) as history:
+        history("end")
+    assert [event["wall_s"] for event in read(path)] == [60.0, 61.0]

@@ -1,0 +1,16 @@
+from transfer.drift import Drift, GrowthError, grow
+from transfer.growth import deepen, plan_for, widen
+from transfer.plan import State, carry_out
+from transfer.transfer import upcycle
+
+__all__ = [
+    "Drift",
+    "GrowthError",
+    "State",
+    "carry_out",
+    "deepen",
+    "grow",
+    "plan_for",
+    "upcycle",
+    "widen",
+]

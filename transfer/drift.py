@@ -1,0 +1,227 @@
+"""Did growing keep the function? What is measured at a transition, and what it is held to.
+
+A model is judged by its logits on a frozen probe batch, in its own precision with autocast off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import Growth
+from models import SLM
+from transfer.growth import plan_for
+from transfer.plan import Fresh, Plan, Row, State, Tile, carry_out
+
+FLIPS_ALLOWED = 1e-3
+"""Share of probe tokens whose routing a rounding tie may flip."""
+STRUCTURE_ALLOWED = 1e-5
+"""Relative: the copies of an input sum up to the old weight but for float32's rounding."""
+ROUTER_ALLOWED = 0.3
+"""The spread of a small router is itself random."""
+
+
+class GrowthError(RuntimeError):
+    """Growing moved the model further than it may. The message names what moved, and how far."""
+
+
+class View(NamedTuple):
+    """What a model makes of a probe of B windows."""
+
+    logits_BTV: Tensor
+    loss_BT: Tensor
+    chosen_BLTC: Tensor
+    """Experts of each token in each mixture-of-experts layer, ascending."""
+
+
+@contextmanager
+def exact_matmul() -> Iterator[None]:
+    """Float32 products in float32, whatever the run has chosen for training."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+@torch.no_grad()
+def look(model: SLM, probe_BS: Tensor) -> View:
+    """What `model` makes of windows (B, T + 1), one window at a time to spare memory."""
+    with exact_matmul(), torch.autocast(probe_BS.device.type, enabled=False):
+        views = [look_at_one(model, window) for window in probe_BS.split(1)]
+    return View(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+
+
+def look_at_one(model: SLM, window: Tensor) -> View:
+    out = model(window[:, :-1])
+    loss_T = F.cross_entropy(out.logits[0], window[0, 1:], reduction="none")
+    chosen = [layer.chosen_NC.sort(-1).values for layer in out.routing]
+    nothing = window.new_empty(0, window.shape[1] - 1, 0)
+    return View(out.logits, loss_T[None], (torch.stack(chosen) if chosen else nothing)[None])
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a transition moved the model. Losses and KL in nats per token."""
+
+    loss_before: float
+    loss_after: float
+    loss_drift: float
+    max_logit_diff: float
+    """Over the tokens that no flipped routing can reach."""
+    kl: float
+    """Mean divergence of the distribution after from the one before."""
+    top1_changed: float
+    """Share of tokens whose likeliest next token changed."""
+    flipped: int
+    """Tokens whose routing changed in a layer that both models have."""
+    probe_tokens: int
+    structure_error: float = 0.0
+    """Largest difference between a weight and the copies made of it, relative to its largest."""
+    twin_distance: float | None = None
+    """Of copied output units from their originals, relative, a mean over matrices."""
+    router_std: float | None = None
+    """Of new routers, relative to Xavier's law; upcycling only."""
+    load_min: float | None = None
+    """Smallest share of the choices that an expert gets on the probe; 1 / experts is fair."""
+    load_max: float | None = None
+
+
+def compare(before: View, after: View, layers: list[int | None]) -> Drift:
+    """`layers` gives the old block that each block of the new model is, None for a new one."""
+    flipped_BT = torch.zeros_like(before.loss_BT, dtype=torch.bool)
+    if before.chosen_BLTC.shape[1]:
+        kept = [i for i, old in enumerate(layers) if old is not None]
+        flipped_BT = (before.chosen_BLTC != after.chosen_BLTC[:, kept]).any(-1).any(1)
+    # Attention carries a flip on to the later tokens of its window.
+    untouched_BT = flipped_BT.cumsum(1) == 0
+
+    kl, diff, top1 = [], [], []
+    for old, new, untouched in zip(before.logits_BTV, after.logits_BTV, untouched_BT, strict=True):
+        kl.append(divergence(old, new))
+        # Where there is nothing left to judge, the share of flips has failed already.
+        diff.append((new - old).abs().amax(-1).where(untouched, 0.0).max())
+        top1.append((new.argmax(-1) != old.argmax(-1)).sum())
+    tokens = before.loss_BT.numel()
+    loss_before, loss_after = before.loss_BT.mean().item(), after.loss_BT.mean().item()
+    return Drift(
+        loss_before=loss_before,
+        loss_after=loss_after,
+        loss_drift=(after.loss_BT - before.loss_BT).double().mean().item(),
+        max_logit_diff=torch.stack(diff).max().item(),
+        kl=torch.stack(kl).sum().item() / tokens,
+        top1_changed=torch.stack(top1).sum().item() / tokens,
+        flipped=int(flipped_BT.sum().item()),
+        probe_tokens=tokens,
+    )
+
+
+def divergence(old_TV: Tensor, new_TV: Tensor) -> Tensor:
+    """Sum over tokens of KL(old || new), in float64: float32 rounds it below zero."""
+    old, new = (logits.double().log_softmax(-1) for logits in (old_TV, new_TV))
+    return (old.exp() * (old - new)).sum()
+
+
+@dataclass
+class Structure:
+    """Looks at each parameter as it is made, while the old one is still there."""
+
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    twins: list[Tensor] = field(default_factory=list)
+    routers: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, name: str, row: Row, old: Tensor | None, new: Tensor) -> None:
+        if isinstance(row, Fresh):
+            if row.zero:
+                self.errors[name] = new.abs().max()
+            elif name.endswith("router.weight"):
+                # Xavier's law: uniform with this standard deviation.
+                self.routers.append(new.std() / (2 / sum(new.shape)) ** 0.5)
+            return
+        assert old is not None, f"{name} is tiled from nothing"
+        tiny = torch.finfo(old.dtype).tiny
+        error = (row.copies_of(new) - old).abs().max()
+        self.errors[name] = error / old.abs().max().clamp_min(tiny)
+        first, *others = row.outputs_of(new)
+        if row.summed and others:
+            apart = torch.stack([(other - first).norm() for other in others])
+            self.twins.append((apart / first.norm().clamp_min(tiny)).mean())
+
+    def worst(self) -> tuple[str, float]:
+        """The parameter whose copies are furthest from the old one; NaN is further than all."""
+        values = torch.stack(list(self.errors.values())).nan_to_num(nan=torch.inf)
+        index = int(values.argmax())
+        return list(self.errors)[index], values[index].item()
+
+    def summary(self) -> dict[str, float | None]:
+        def mean(values: list[Tensor]) -> float | None:
+            return torch.stack(values).mean().item() if values else None
+
+        return {
+            "structure_error": self.worst()[1],
+            "twin_distance": mean(self.twins),
+            "router_std": mean(self.routers),
+        }
+
+
+def grow(
+    state: State, how: Growth, probe_BS: Tensor, seed: int = 0, consume: bool = False
+) -> tuple[State, Drift]:
+    """Grows `state` as `carry_out` does, and checks on windows (B, T + 1) that its function stayed.
+
+    Raises GrowthError where it moved further than `how` allows, InputError where `how` is no fit.
+    """
+    config, plan = plan_for(state.config, how)
+    before = look(state.model(), probe_BS)
+    structure = Structure()
+    new = carry_out(config, plan, state, seed, consume, structure)
+    after = look(new.model(), probe_BS)
+
+    drift = replace(compare(before, after, block_map(plan)), **structure.summary())
+    if config.num_experts:
+        load = loads(after, config.num_experts)
+        drift = replace(drift, load_min=load.min().item(), load_max=load.max().item())
+    if broken := broken_laws(drift, how):
+        worst = f"the weight furthest from its source is {structure.worst()[0]}"
+        raise GrowthError(f"{type(how).__name__} changed the model: {'; '.join(broken)}; {worst}")
+    return new, drift
+
+
+def broken_laws(drift: Drift, how: Growth) -> list[str]:
+    """One phrase for each law that does not hold. A NaN breaks every law that it enters."""
+    limits = {
+        "a logit moved by {:.3g}": (drift.max_logit_diff, how.max_logit_drift),
+        "the loss moved by {:.3g}": (abs(drift.loss_drift), how.max_loss_drift),
+        "a share of {:.3g} of the tokens is routed elsewhere": (
+            drift.flipped / drift.probe_tokens,
+            FLIPS_ALLOWED,
+        ),
+        "weights are off by a relative {:.3g}": (drift.structure_error, STRUCTURE_ALLOWED),
+    }
+    if drift.router_std is not None:
+        off = abs(drift.router_std - 1)
+        limits["the routers' spread is off Xavier's by {:.3g}"] = (off, ROUTER_ALLOWED)
+    return [
+        f"{what.format(value)} (allowed: {limit:g})"
+        for what, (value, limit) in limits.items()
+        if not value <= limit
+    ]
+
+
+def block_map(plan: Plan) -> list[int | None]:
+    """For each block of the new model the old block that it is, None for a new one."""
+    rows = [row for name, row in plan.items() if name.endswith("attn_norm.weight")]
+    return [int(row.source.split(".")[1]) if isinstance(row, Tile) else None for row in rows]
+
+
+def loads(view: View, num_experts: int) -> Tensor:
+    """Share of each layer's choices that went to each expert (L, E)."""
+    chosen_LM = view.chosen_BLTC.transpose(0, 1).flatten(1)
+    count_LE = view.logits_BTV.new_zeros(len(chosen_LM), num_experts)
+    ones = torch.ones_like(chosen_LM, dtype=count_LE.dtype)
+    return count_LE.scatter_add(1, chosen_LM, ones) / chosen_LM.shape[1]

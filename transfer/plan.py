@@ -1,0 +1,173 @@
+"""What a growth plan is, and carrying it out: the only tensor surgery in the project.
+
+A plan has a row for every parameter of the bigger model: a `Tile` of an old parameter or `Fresh`.
+The same rows grow the weights and Adam's moments.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from config import ModelConfig
+from models import SLM, axes, initialise
+
+Adam = dict[str, dict[str, Tensor]]
+"""Per parameter: step, exp_avg, exp_avg_sq."""
+
+
+@dataclass
+class State:
+    """A model at rest: its configuration, weights by name, and Adam's memory by name."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    adam: Adam = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: SLM) -> "State":
+        return cls(model.config, {name: p.detach() for name, p in model.named_parameters()})
+
+    def model(self) -> SLM:
+        """An SLM around these very tensors. Raises RuntimeError for a missing or misshapen one."""
+        with torch.device("meta"):
+            model = SLM(self.config)
+        model.load_state_dict(self.weights, assign=True)
+        return model
+
+
+class Tile(NamedTuple):
+    """`new = old.tile(copies)`, divided by the copies of the input axis, because they get summed.
+
+    The loss is kept, so by the chain rule the gradients of the copies, times that divisor's
+    inverse, add up to the old gradient: each copy gets `share` of it, where the copies are alike.
+    """
+
+    source: str
+    copies: tuple[int, ...]
+    summed: bool = False
+    """The last dimension is an input."""
+    noise: float = 0.0
+    """Relative to the weight's standard deviation; it cancels over the copied inputs."""
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.copies[-1] if self.summed else 1.0
+
+    @property
+    def share(self) -> float:
+        return 1 / (math.prod(self.copies) * self.scale)
+
+    def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
+        new = old.tile(self.copies).mul_(self.scale)
+        inputs = self.copies[-1]
+        if self.noise and self.summed and inputs > 1:
+            noise = torch.empty_like(new).normal_(generator=generator)
+            noise = noise.unflatten(-1, (inputs, -1))
+            noise -= noise.mean(-2, keepdim=True)
+            # The mean took 1 / inputs of the variance away.
+            std = old.std() * self.scale * (inputs / (inputs - 1)) ** 0.5
+            new += noise.flatten(-2).mul_(self.noise * std)
+        return new
+
+    def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "step": old["step"].clone(),
+            "exp_avg": old["exp_avg"].tile(self.copies).mul_(self.share),
+            "exp_avg_sq": old["exp_avg_sq"].tile(self.copies).mul_(self.share**2),
+        }
+
+    def copies_of(self, new: Tensor) -> Tensor:
+        """(output copies, *old shape): each copy of the outputs, its copied inputs summed. In a
+        weight all of them equal the old one, whatever the noise."""
+        sizes = [size // times for size, times in zip(new.shape, self.copies, strict=True)]
+        parts = new.reshape([n for pair in zip(self.copies, sizes, strict=True) for n in pair])
+        if self.summed:
+            parts = parts.sum(-2)
+        outputs = len(self.copies) - self.summed
+        times = list(range(0, 2 * outputs, 2))
+        return parts.movedim(times, list(range(outputs))).flatten(0, outputs - 1)
+
+    def outputs_of(self, new: Tensor) -> Tensor:
+        """(output copies, ...): each copy of the outputs as it is, with all of its inputs."""
+        whole = (*self.copies[:-1], 1) if self.summed else self.copies
+        return self._replace(copies=whole, summed=False).copies_of(new)
+
+
+class Fresh(NamedTuple):
+    """A parameter that comes from no old one. Adam remembers nothing of it: it warms up alone."""
+
+    zero: bool = False
+    """All zeros instead of the model's own initialisation."""
+
+    def weight(self, name: str, like: Tensor, n_layers: int, generator: torch.Generator) -> Tensor:
+        new = torch.zeros_like(like)
+        if not self.zero:
+            initialise(name, new, n_layers, generator)
+        return new
+
+
+Row = Tile | Fresh
+Plan = dict[str, Row]
+Inspect = Callable[[str, Row, Tensor | None, Tensor], None]
+"""Sees each parameter as it is made: name, row, the old parameter (None if fresh), the new one."""
+
+
+def tile(name: str, source: str | None = None, noise: float = 0.0, **times: int) -> Tile:
+    """Repeats the named axes of a parameter; `source` is its old name, where that differs."""
+    outputs, summed = axes(name)
+    dims = (*outputs, summed) if summed else outputs
+    copies = tuple(times.get(axis, 1) for axis in dims)
+    return Tile(source or name, copies, summed is not None, noise)
+
+
+@cache
+def shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Every parameter of a model of this configuration, in its order."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in SLM(config).named_parameters()}
+
+
+@torch.no_grad()
+def carry_out(
+    config: ModelConfig,
+    plan: Plan,
+    old: State,
+    seed: int = 0,
+    consume: bool = False,
+    inspect: Inspect | None = None,
+) -> State:
+    """The State of the bigger model `config`. `old` is left as it was, or with `consume` emptied
+    parameter by parameter, so that both models never lie in memory whole.
+
+    Raises KeyError for a parameter without a row and ValueError for one that comes out misshapen.
+    """
+    new, like = State(config, {}), next(iter(old.weights.values()))
+    uses = Counter(row.source for row in plan.values() if isinstance(row, Tile))
+    for name, shape in shapes(config).items():
+        row, before = plan[name], None
+        # One generator a parameter: the draw depends on its name, not on what was drawn before.
+        generator = torch.Generator(like.device).manual_seed(seed << 32 | crc32(name.encode()))
+        if isinstance(row, Fresh):
+            weight = row.weight(name, like.new_empty(shape), config.n_layers, generator)
+        else:
+            before = old.weights[row.source]
+            weight = row.weight(before, generator)
+            if row.source in old.adam:
+                new.adam[name] = row.moments(old.adam[row.source])
+            uses[row.source] -= 1
+            if consume and not uses[row.source]:
+                del old.weights[row.source]
+                old.adam.pop(row.source, None)
+        if weight.shape != shape:
+            raise ValueError(f"{name} came out as {tuple(weight.shape)}, not {tuple(shape)}")
+        if inspect is not None:
+            inspect(name, row, before, weight)
+        new.weights[name] = weight
+    return new

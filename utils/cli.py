@@ -1,0 +1,55 @@
+"""From the command line to a call: presets, overrides, and what an error looks like."""
+
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from config import PRESETS, InputError, Run
+from transfer import GrowthError
+
+INPUT_ERROR, RUN_STOPPED, INTERRUPTED = 2, 1, 130
+
+
+class RunStopped(RuntimeError):
+    """A run cannot go on. The message says where it stood and what is left of it."""
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs `command` and exits: 0, or one line on stderr and 2 for bad input, 1 for a run that had
+    to stop, 130 for Ctrl-C."""
+    try:
+        command()
+    except InputError as error:
+        leave(f"error: {error}", INPUT_ERROR)
+    except (GrowthError, RunStopped) as error:
+        leave(f"stopped: {error}", RUN_STOPPED)
+    except KeyboardInterrupt:
+        leave("stopped by Ctrl-C; the checkpoints written so far are whole", INTERRUPTED)
+
+
+def leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(args: list[str]) -> Run:
+    """`[PRESET] [--field value ...]` -> Run; where it cannot be one, a message and exit code 2."""
+    import tyro
+
+    preset, fields = "full", args
+    if args and not args[0].startswith("-"):
+        preset, *fields = args
+    if preset not in PRESETS:
+        nearest = get_close_matches(preset, PRESETS, n=1)
+        hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
+        raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
+    presets = "\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    return tyro.cli(
+        Run,
+        args=fields,
+        default=PRESETS[preset](),
+        prog=f"train.py {preset}",
+        description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}\n\n"
+        f"The defaults below are those of {preset}.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )

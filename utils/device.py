@@ -1,0 +1,58 @@
+"""The device and the precision of a run."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from config import InputError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first of CUDA, MPS and the CPU. Raises InputError for a device not there."""
+    present = devices()
+    if name == "auto":
+        return torch.device(present[0])
+    kind, _, index = name.partition(":")
+    there = kind in present and (not index or f"{kind}:{index}" in present)
+    if not there:
+        raise InputError(f"device = {name} is not there; this machine has {', '.join(present)}")
+    return torch.device(name)
+
+
+def devices() -> list[str]:
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    mps = ["mps"] if torch.backends.mps.is_available() else []
+    return (["cuda"] if cuda else []) + cuda + mps + ["cpu"]
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def training_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What matrix products of a training step are computed in."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory_gb(device: torch.device) -> float | None:
+    """Most memory allocated since the last reset, in 10^9 bytes; None where it is not counted."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

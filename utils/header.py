@@ -1,0 +1,139 @@
+"""What a run says of itself: before it starts, how long it will take, and how it ended."""
+
+import torch
+
+from config import Run
+from utils.data import Corpus
+from utils.device import device_name
+from utils.schedule import Stage, memory_gb
+
+LONG_S = 3600.0
+
+Rows = list[tuple[str, ...]]
+
+
+def header(
+    run: Run, found: list[Stage], corpus: Corpus, device: torch.device, dtype: torch.dtype
+) -> str:
+    """One line per phase: what is trained, on how much, and the memory it is expected to need."""
+    tokens = f"{short(len(corpus.train))} training and {short(len(corpus.valid))} held-out tokens"
+    precision = "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
+    lines = [
+        f"data    {corpus.name}, {tokens}, vocabulary {corpus.vocab_size:,}",
+        f"device  {device_name(device)}, {precision}",
+        f"output  {run.out}, seed {run.seed}",
+        "",
+    ]
+    rows: Rows = [
+        ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
+    ]
+    rows += [describe(stage, run.training.micro_batch_size) for stage in found]
+    return "\n".join([*lines, *table(rows), ""])
+
+
+def describe(stage: Stage, micro: int | None) -> tuple[str, ...]:
+    config, phase = stage.config, stage.phase
+    kind = f"{config.num_experts} experts, top-{config.top_k}" if config.num_experts else "dense"
+    sequences = min(micro or phase.batch_size, phase.batch_size)
+    return (
+        f"{stage.number} {stage.name}",
+        f"{config.n_layers} x {config.d_model}, {kind}",
+        parameters(config.num_params, config.num_active_params),
+        short(stage.tokens),
+        f"{phase.batch_size} x {config.seq_len}",
+        f"{phase.lr:g}",
+        f"{memory_gb(config, sequences):.1f} GB",
+    )
+
+
+def table(rows: Rows) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    return lines
+
+
+def short(number: float) -> str:
+    """Three digits and a unit: 64.3 M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def parameters(total: int, active: int) -> str:
+    return short(total) if active == total else f"{short(active)} of {short(total)}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def progress(stage: Stage, step: int, last: dict[str, float]) -> str:
+    parts = [f"{stage} step {step}/{stage.phase.steps}", f"valid {last['valid_loss']:.3f}"]
+    if "loss" in last:
+        parts += [f"train {last['loss']:.3f}", f"{short(last['tokens_per_s'])} tokens/s"]
+    return "  ".join(parts)
+
+
+def estimate(found: list[Stage], seconds_per_flop: float) -> str:
+    """The time that training will take if every phase computes as fast as the first steps did."""
+    seconds = [stage.flops * seconds_per_flop for stage in found]
+    parts = ", ".join(
+        f"{stage.name} {duration(s)}" for stage, s in zip(found, seconds, strict=True)
+    )
+    line = f"about {duration(sum(seconds))} of training to come ({parts})"
+    if sum(seconds) > LONG_S:
+        line += (
+            "\nThat is long. `train.py tiny` shows every phase in about a minute; "
+            "--training.steps-phase1 ... 4 shorten the phases; a GPU is 100 times faster."
+        )
+    return line
+
+
+def summary(events: list[dict]) -> str:
+    """Losses per phase and what each transition moved, from a run's history."""
+    phases: Rows = [
+        ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
+    ]
+    grown: Rows = [
+        ("transition", "loss before", "loss after", "drift", "logits", "flipped", "twins")
+    ]
+    for event in events:
+        if event["event"] == "checkpoint" and event["trained"]:
+            phases.append(phase_row(event))
+        elif event["event"] == "grow":
+            grown.append(transition_row(event))
+    return "\n".join(table(phases) + (["", *table(grown)] if len(grown) > 1 else []))
+
+
+def phase_row(event: dict) -> tuple[str, ...]:
+    memory = event.get("peak_memory_gb")
+    return (
+        f"{event['phase']} {event['phase_name']}",
+        parameters(event["params"], event["active_params"]),
+        short(event["phase_tokens"]),
+        f"{event['loss']:.3f}" if "loss" in event else "-",
+        f"{event['valid_loss']:.3f}",
+        f"{event['phase_s']:.0f}",
+        f"{memory:.1f} GB" if memory is not None else "-",
+    )
+
+
+def transition_row(event: dict) -> tuple[str, ...]:
+    twins = event["twin_distance"]
+    return (
+        f"{event['how']} -> {event['phase_name']}",
+        f"{event['loss_before']:.6f}",
+        f"{event['loss_after']:.6f}",
+        f"{event['loss_drift']:.1e}",
+        f"{event['max_logit_diff']:.1e}",
+        f"{event['flipped']} of {event['probe_tokens']}",
+        f"{twins:.3f}" if twins is not None else "-",
+    )

@@ -1,0 +1,107 @@
+"""The record of a run: one flat JSON object a line, `event` first, full floats, never NaN."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import InputError, require
+
+
+class History:
+    """Appends a line per event. `wall_s` goes on from the last line of a file that already exists.
+
+    A line counts once its newline is written: what a killed run left after the last one is dropped.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.perf_counter) -> None:
+        earlier = read(path) if path.exists() else []
+        self.clock = clock
+        self.start = clock() - (earlier[-1]["wall_s"] if earlier else 0.0)
+        self.file = path.open("ab")
+        self.file.truncate(_whole_lines(path))
+
+    def __call__(self, event: str, **values: object) -> None:
+        line = {"event": event, "wall_s": self.clock() - self.start, **values}
+        body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
+        self.file.write(f"{{{body}}}\n".encode())
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[dict]:
+    """Every line whose newline was written. One that is no event is an InputError: it names it."""
+    require(path.is_file(), f"{path}: there is no such file")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+class Stretch(NamedTuple):
+    """One phase as it was run, from `start` to `end` in tokens of the whole run."""
+
+    number: int
+    name: str
+    start: int
+    end: int
+    seconds: float
+    events: list[dict]
+
+
+def stretches(events: list[dict]) -> list[Stretch]:
+    """The phases in order, each from where the one before ended. None is shorter than a token."""
+    phases, start, since = [], 0, events[0]["wall_s"]
+    for number in sorted({event["phase"] for event in events if "phase" in event}):
+        own = [event for event in events if event.get("phase") == number]
+        end = max([start + 1, *(event["tokens"] for event in own if "tokens" in event)])
+        seconds = own[-1]["wall_s"] - since
+        phases.append(Stretch(number, own[0]["phase_name"], start, end, seconds, own))
+        start, since = end, own[-1]["wall_s"]
+    return phases
+
+
+def select(events: list[dict], kind: str) -> list[dict]:
+    return [event for event in events if event["event"] == kind]
+
+
+def header(events: list[dict]) -> dict:
+    """What the run said of itself; empty if its record does not begin with it."""
+    return next(iter(select(events, "run")), {})
+
+
+def curve(events: list[dict], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and loss: of training at each "step", on held-out text at each "eval"."""
+    chosen, name = select(events, kind), {"step": "loss", "eval": "valid_loss"}[kind]
+    return np.array([e["tokens"] for e in chosen]), np.array([e[name] for e in chosen])
+
+
+def _encode(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, default=os.fspath)
+    except ValueError as error:
+        raise ValueError(f"{name} = {value} cannot be recorded: {error}") from error
+
+
+def _decode(line: bytes, where: str) -> dict:
+    try:
+        event = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: {error}") from error
+    require(isinstance(event, dict) and {"event", "wall_s"} <= event.keys(), f"{where}: no event")
+    return event
+
+
+def _whole_lines(path: Path) -> int:
+    """Bytes up to the last newline."""
+    return path.read_bytes().rfind(b"\n") + 1

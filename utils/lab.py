@@ -1,0 +1,80 @@
+"""What all phases of a run share, and what they leave behind."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from config import Run
+from transfer import State
+from utils.checkpoint import Checkpoint, save
+from utils.data import Corpus
+from utils.device import autocast, device_name
+from utils.generate import story
+from utils.history import History
+from utils.output import versions
+from utils.schedule import Stage
+
+PROMPTS = ("Once upon a time", "One day", "It was a")
+
+
+@dataclass(frozen=True)
+class Lab:
+    run: Run
+    stages: list[Stage]
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    """What matrix products of training are computed in."""
+    probe: Tensor
+    """The frozen windows (B, T + 1) that judge each growth."""
+    valid: Tensor
+    """Held-out windows (N, T + 1)."""
+    history: History
+
+
+def record_start(lab: Lab) -> None:
+    """The history's first line: all that it takes to run this again."""
+    lab.history(
+        "run",
+        config=asdict(lab.run),
+        seed=lab.run.seed,
+        corpus=lab.corpus.name,
+        fallback=lab.corpus.fallback,
+        fingerprint=lab.corpus.fingerprint,
+        train_tokens=len(lab.corpus.train),
+        valid_tokens=len(lab.corpus.valid),
+        device=device_name(lab.device),
+        dtype=str(lab.dtype).removeprefix("torch."),
+        phases=[stage.name for stage in lab.stages],
+        params=[stage.config.num_params for stage in lab.stages],
+        active_params=[stage.config.num_active_params for stage in lab.stages],
+        **versions(),
+    )
+
+
+def samples(state: State, lab: Lab) -> list[str]:
+    """A story for each of PROMPTS, drawn with the run's seed."""
+    model = state.model()
+    length = lab.run.training.sample_tokens
+    generator = torch.Generator().manual_seed(lab.run.seed)
+    draw = partial(story, model, lab.corpus.tokenizer, lab.corpus.eos, generator=generator)
+    with autocast(lab.device, lab.dtype):
+        return [draw(prompt, length) for prompt in PROMPTS if length]
+
+
+def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -> None:
+    grown_by = [earlier.phase.grow for earlier in lab.stages[: stage.number]]
+    checkpoint = Checkpoint(
+        config=state.config,
+        weights=state.weights,
+        tokenizer=lab.corpus.tokenizer.to_str(),
+        eos=lab.corpus.eos,
+        growth=tuple(how for how in grown_by if how is not None),
+        probe=lab.probe,
+        phase_name=stage.name,
+        tokens=stage.first_token + stage.tokens * trained,
+        seed=lab.run.seed,
+    )
+    save(lab.run.out / name, checkpoint)

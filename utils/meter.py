@@ -1,0 +1,65 @@
+"""What a training loop reports of itself without holding the device up."""
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from utils.cli import RunStopped
+from utils.device import peak_memory_gb, wait_for
+from utils.header import estimate
+from utils.schedule import Stage
+
+MEASURES: tuple[str, ...] = ("loss", "balance_loss", "z_loss", "grad_norm")
+TIMED_STEPS = 3
+
+
+class Meter:
+    """Means of MEASURES, and the speed, since the last reading. Only that waits for the device."""
+
+    def __init__(self, device: torch.device, tokens_per_step: int):
+        self.device, self.tokens_per_step = device, tokens_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums = torch.zeros(len(MEASURES), device=self.device)
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    def add(self, measures: Tensor) -> None:
+        self.sums += measures
+        self.steps += 1
+
+    def read(self, where: str) -> dict[str, float]:
+        """Raises RunStopped, saying `where`, when a measure is no longer finite."""
+        means = (self.sums / self.steps).tolist()
+        seconds = time.perf_counter() - self.started
+        values: dict[str, float] = dict(zip(MEASURES, means, strict=True))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise RunStopped(f"{where}: {name} is {value}; a lower learning rate may help")
+        values["tokens_per_s"] = self.steps * self.tokens_per_step / seconds
+        if (peak := peak_memory_gb(self.device)) is not None:
+            values["peak_memory_gb"] = peak
+        self.restart()
+        return values
+
+
+class Forecast:
+    """Times the first steps of a run and says how long all of it will take."""
+
+    def __init__(self, stages: list[Stage], device: torch.device):
+        self.stages, self.device = stages, device
+        self.started = 0.0
+
+    def after(self, step: int) -> str | None:
+        """The estimate, once after TIMED_STEPS. The first step, which warms up, does not count."""
+        if step not in (1, 1 + TIMED_STEPS):
+            return None
+        wait_for(self.device)
+        if step == 1:
+            self.started = time.perf_counter()
+            return None
+        flops = TIMED_STEPS * self.stages[0].flops / self.stages[0].phase.steps
+        return estimate(self.stages, (time.perf_counter() - self.started) / flops)

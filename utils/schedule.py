@@ -1,0 +1,95 @@
+"""What a run will do, phase by phase, known before it starts: sizes, tokens, work, memory."""
+
+from dataclasses import dataclass, replace
+
+from config import InputError, ModelConfig, Phase, Run, require
+from transfer import plan_for
+
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and Adam's two moments, all float32."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase in its place: what it trains and what came before it."""
+
+    number: int
+    name: str
+    phase: Phase
+    config: ModelConfig
+    first_step: int
+    """Optimizer steps before this phase."""
+    first_token: int
+    """Training tokens before this phase."""
+
+    @property
+    def tokens(self) -> int:
+        return self.phase.steps * self.phase.batch_size * self.config.seq_len
+
+    def tokens_at(self, step: int) -> int:
+        """Training tokens of the whole run after this many steps of this phase."""
+        return self.first_token + step * self.phase.batch_size * self.config.seq_len
+
+    @property
+    def checkpoint(self) -> str:
+        return self.phase.checkpoint or f"{self.name}_final.pt"
+
+    @property
+    def files(self) -> list[str]:
+        """What the phase leaves in the run's folder."""
+        init = self.phase.init_checkpoint
+        return [init, self.checkpoint] if init else [self.checkpoint]
+
+    @property
+    def flops(self) -> int:
+        return self.tokens * flops_per_token(self.config)
+
+    def __str__(self) -> str:
+        return f"phase {self.number} ({self.name})"
+
+
+def stages(run: Run) -> list[Stage]:
+    """Raises InputError, naming the phase, where a growth or a batch does not fit its model."""
+    # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
+    config = replace(run.model, vocab_size=run.model.vocab_size or 1)
+    steps, tokens, found = 0, 0, []
+    for number, (name, phase) in enumerate(run.schedule.items(), 1):
+        try:
+            if phase.grow is not None:
+                config, _ = plan_for(config, phase.grow)
+            check_micro_batch(phase, run.training.micro_batch_size)
+        except InputError as error:
+            raise InputError(f"phase {number} ({name}): {error}") from None
+        found.append(Stage(number, name, phase, config, steps, tokens))
+        steps, tokens = steps + phase.steps, tokens + found[-1].tokens
+    return found
+
+
+def check_micro_batch(phase: Phase, micro: int | None) -> None:
+    require(
+        micro is None or micro >= phase.batch_size or phase.batch_size % micro == 0,
+        f"training.micro_batch_size = {micro} does not divide the batch of {phase.batch_size}",
+    )
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Of a training step: two per multiply-add, forward and twice that backward; each position of
+    causal attention sees half the context on average. Tables that are only looked up do not count.
+    """
+    looked_up = config.seq_len if config.position == "learned" else 0
+    looked_up += 0 if config.tied else config.vocab_size
+    matrices = config.num_active_params - looked_up * config.d_model
+    attention = config.n_layers * config.n_heads * config.head_dim * config.seq_len
+    return 6 * (matrices + attention)
+
+
+def memory_gb(config: ModelConfig, sequences: int) -> float:
+    """Expected peak of a training step on a GPU in bf16, in 10^9 bytes; `sequences` at a time."""
+    tokens = sequences * config.seq_len
+    experts = config.top_k if config.num_experts else 1
+    # Kept for the backward pass, in float32 and bf16: the residual stream and attention's tensors,
+    # the feed-forward's three inner ones; and the logits with their gradient.
+    block = 40 * config.d_model + experts * (14 * config.d_ff + 10 * config.d_model)
+    activations = tokens * (config.n_layers * block + 14 * config.vocab_size)
+    # Weights go to bf16 while the gradients are not there yet, so the copies cost little.
+    return (config.num_params * BYTES_PER_PARAMETER + activations) / 1e9
