@@ -40,6 +40,21 @@ def with_moments(state: State) -> State:
     return State(state.config, state.weights, adam)
 
 
+def at_rest(config: ModelConfig) -> State:
+    return with_moments(State.of(trained_like(config)))
+
+
+def tensors(state: State) -> dict[tuple[str, str], Tensor]:
+    """Weights and moments, by parameter and what it is."""
+    moments = {(name, what): kept[what] for name, kept in state.adam.items() for what in kept}
+    return {(name, "weight"): weight for name, weight in state.weights.items()} | moments
+
+
+def identical(one: State, other: State) -> bool:
+    mine, theirs = tensors(one), tensors(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
 def windows(config: ModelConfig, batch: int = 3, seed: int = 1) -> Tensor:
     """Tokens (B, T + 1)."""
     generator = torch.Generator().manual_seed(seed)

@@ -100,13 +100,7 @@ def test_the_twin_distance_is_about_the_noise_times_root_two(noise, low, high):
         (MOE, Deepen(1), "blocks.2.attn.o_proj.weight", lambda w: w.fill_(0.1), EVERY),
         (DENSE, Upcycle(4), "blocks.0.moe.up_proj", lambda w: w[1].mul_(2), EVERY),
         (MOE, Widen(2), "blocks.0.moe.router.weight", lambda w: w.neg_(), "loss routed weights"),
-        (
-            ONE_LAYER,
-            Upcycle(4),
-            "blocks.0.moe.router.weight",
-            torch.zero_,
-            "spread",
-        ),
+        (ONE_LAYER, Upcycle(4), "blocks.0.moe.router.weight", torch.zero_, "spread"),
     ],
 )
 def test_a_weight_that_breaks_the_function_is_named_law_by_law(config, how, name, tamper, laws):
@@ -180,16 +174,19 @@ def test_routing_is_compared_in_the_layers_that_both_models_have():
 def test_what_a_model_sees_does_not_depend_on_autocast_or_the_matmul_precision():
     torch.manual_seed(0)
     model, probe = SLM(DENSE), windows(DENSE)
-    want = look(model, probe)
-    chosen = torch.get_float32_matmul_precision()
+    want, inside = look(model, probe), set()
+    precision = torch.get_float32_matmul_precision
+    model.embed.register_forward_hook(lambda *_: inside.add(precision()))
+    chosen = precision()
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", torch.bfloat16):
             got = look(model, probe)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert inside == {"highest"}
+        assert precision() == "medium"
         with pytest.raises(ValueError, match="context"):
             look(model, torch.zeros(1, 99, dtype=torch.long))
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(chosen)
     assert torch.equal(got.logits_BTV, want.logits_BTV) and torch.equal(got.loss_BT, want.loss_BT)

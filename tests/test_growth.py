@@ -10,10 +10,13 @@ from small import (
     DENSE,
     LEARNED_MOE,
     MOE,
+    at_rest,
     gradients,
+    identical,
     logits,
     next_token_loss,
     retrained,
+    tensors,
     trained_like,
     windows,
     with_moments,
@@ -26,7 +29,7 @@ from transfer.plan import Tile, tile
 
 WIDENINGS = [Widen(times, noise) for times in (2, 3) for noise in (0.0, 0.1, 1.0)]
 DEEPENINGS = [Deepen(extra, where) for extra in (1, 3) for where in ("interleaved", "end")]
-CHAIN = [Widen(2), Deepen(2), Widen(3, 0.0), Deepen(1, "end")]
+CHAIN = [Widen(2), Deepen(2), Widen(2, 0.0), Deepen(1, "end")]
 UPCYCLING = [Widen(3), Upcycle(4), Deepen(2)]
 UPCYCLED = [Upcycle(4), Widen(2), Deepen(3), Widen(2, 0.5)]
 ANY = [[how] for how in (*WIDENINGS, *DEEPENINGS)] + [CHAIN]
@@ -41,23 +44,9 @@ one_of_each = pytest.mark.parametrize(
 )
 
 
-def at_rest(config):
-    return with_moments(State.of(trained_like(config)))
-
-
 def grown(old, how, **options):
     config, plan = plan_for(old.config, how)
     return plan, carry_out(config, plan, old, **options)
-
-
-def tensors(state):
-    moments = {(n, what): kept[what] for n, kept in state.adam.items() for what in kept}
-    return {(name, "weight"): weight for name, weight in state.weights.items()} | moments
-
-
-def identical(one, other):
-    mine, theirs = tensors(one), tensors(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def fold(new, row, old):

@@ -111,6 +111,14 @@ def test_routing_says_which_experts_were_chosen_and_how_often():
     assert routing.load_E.sum().item() == pytest.approx(1)
 
 
+def test_autocast_does_not_round_the_routers_logits():
+    moe, x_BTD = experts(WIDE).float(), states(WIDE, 40, torch.float32)
+    want = moe(x_BTD)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = moe(x_BTD)[1]
+    assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+
+
 def test_z_loss_is_the_mean_square_of_the_log_of_the_softmax_denominator():
     moe, x_BTD = experts(MOE), states(MOE, 40)
     denominator_N = (x_BTD.flatten(0, 1) @ moe.router.weight.T).exp().sum(-1)

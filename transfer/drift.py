@@ -86,7 +86,7 @@ class Drift:
     twin_distance: float | None = None
     """Of copied output units from their originals, relative, a mean over matrices."""
     router_std: float | None = None
-    """Of new routers, relative to Xavier's law; upcycling only."""
+    """Of the new router furthest from Xavier's law, relative to that law."""
     load_min: float | None = None
     """Smallest share of the choices that an expert gets on the probe; 1 / experts is fair."""
     load_max: float | None = None
@@ -159,13 +159,12 @@ class Structure:
         return list(self.errors)[index], values[index].item()
 
     def summary(self) -> dict[str, float | None]:
-        def mean(values: list[Tensor]) -> float | None:
-            return torch.stack(values).mean().item() if values else None
-
+        spreads = torch.stack(self.routers or [torch.ones(())])
+        furthest = (spreads - 1).abs().nan_to_num(nan=torch.inf).argmax()
         return {
             "structure_error": self.worst()[1],
-            "twin_distance": mean(self.twins),
-            "router_std": mean(self.routers),
+            "twin_distance": torch.stack(self.twins).mean().item() if self.twins else None,
+            "router_std": spreads[furthest].item() if self.routers else None,
         }
 
 
@@ -205,7 +204,7 @@ def broken_laws(drift: Drift, how: Growth) -> list[str]:
     }
     if drift.router_std is not None:
         off = abs(drift.router_std - 1)
-        limits["the routers' spread is off Xavier's by {:.3g}"] = (off, ROUTER_ALLOWED)
+        limits["a router's spread is off Xavier's by {:.3g}"] = (off, ROUTER_ALLOWED)
     return [
         f"{what.format(value)} (allowed: {limit:g})"
         for what, (value, limit) in limits.items()

@@ -153,7 +153,7 @@ def carry_out(
     for name, shape in shapes(config).items():
         row, before = plan[name], None
         # One generator a parameter: the draw depends on its name, not on what was drawn before.
-        generator = torch.Generator(like.device).manual_seed(seed << 32 | crc32(name.encode()))
+        generator = torch.Generator(like.device).manual_seed(crc32(f"{seed} {name}".encode()))
         if isinstance(row, Fresh):
             weight = row.weight(name, like.new_empty(shape), config.n_layers, generator)
         else:
