@@ -373,20 +373,21 @@ def tiny() -> Run:
     )
     training = TrainingConfig(
         steps_phase1=300,
-        steps_phase2=150,
-        steps_phase3=100,
+        steps_phase2=120,
+        steps_phase3=120,
         steps_phase4=100,
         lr_phase1=3e-3,
         lr_phase2=2e-3,
         lr_phase3=1e-3,
         lr_phase4=7e-4,
         batch_size=16,
-        batch_size_phase3=16,
-        batch_size_phase4=16,
+        batch_size_phase3=8,
+        batch_size_phase4=8,
         upcycle=Upcycle(num_experts=4),
         deepen=Deepen(extra_layers=1),
         eval_every=50,
-        eval_tokens=16_384,
+        eval_tokens=8_192,
+        sample_tokens=60,
     )
     return replace(
         full(),

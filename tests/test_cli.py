@@ -1,0 +1,131 @@
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from config import PRESETS, Deepen, InputError, Phase, Run, Widen, full, tiny
+from transfer import GrowthError
+from utils.cli import RunStopped, parse, run_command
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """Messages are not folded."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def own() -> Run:
+    """A schedule of its own."""
+    return Run(phases={"dense": Phase(steps=3), "wide": Phase(Widen(2), steps=4)})
+
+
+def flags(config, prefix="--"):
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from flags(value, name + ".")
+        elif not isinstance(value, dict):
+            yield name
+
+
+def refused(args, capsys):
+    """What stderr says of a command line that is none."""
+    with pytest.raises(SystemExit) as left:
+        run_command(lambda: print(parse(args)))
+    out, err = capsys.readouterr()
+    assert left.value.code == 2 and not out and "Traceback" not in err
+    return err
+
+
+def test_a_preset_comes_first_and_without_one_it_is_full():
+    assert parse([]) == parse(["full"]) == full()
+    assert parse(["tiny"]) == tiny()
+    assert parse(["--seed", "3"]) == replace(full(), seed=3)
+
+
+def test_any_field_can_be_overridden_with_hyphens_or_underscores():
+    args = "--training.lr-phase1 1e-2 --training.batch_size_phase3 5 --training.deepen.where end"
+    args += " --model.n-kv-heads 1 --model.no-tied --training.micro_batch_size None --out a/b"
+    run, base = parse(["tiny", *args.split()]), tiny()
+    assert run.model == replace(base.model, n_kv_heads=1, tied=False)
+    deepen = Deepen(base.training.deepen.extra_layers, "end")
+    changes = {"lr_phase1": 1e-2, "batch_size_phase3": 5, "deepen": deepen}
+    assert run.training == replace(base.training, **changes)
+    assert run == replace(base, model=run.model, training=run.training, out=Path("a/b"))
+    assert run.schedule["dense"].lr == 1e-2 and run.schedule["wide"].batch_size == 5
+
+
+def test_a_schedule_of_its_own_is_overridden_by_the_names_of_its_phases(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "own", own)
+    run = parse(["own", "--phases.wide.grow.factor", "3", "--phases.dense.steps", "9"])
+    assert run.schedule == {"dense": Phase(steps=9), "wide": Phase(Widen(3), steps=4)}
+    assert "training.steps_phase1" in refused(["own", "--training.steps-phase1", "9"], capsys)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_documents_every_field(preset, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse([preset, "--help"])
+    said = capsys.readouterr().out
+    assert left.value.code == 0
+    missing = [flag for flag in flags(PRESETS[preset]()) if not re.search(f"{flag}[ ,]", said)]
+    assert not missing
+    assert all(name in said and make.__doc__ in said for name, make in PRESETS.items())
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("tinny", ["there is no preset tinny, only full, tiny; perhaps you meant tiny"]),
+        ("42", ["there is no preset 42, only full, tiny"]),
+        ("tiny --training.lr-phas1 1", ["--training.lr-phas1", "Perhaps you meant", "lr-phase1"]),
+        ("tiny --training.lr-phase1 fast", ["--training.lr-phase1", "'fast'"]),
+        ("tiny --precision fp16", ["--precision", "'fp16'", "'bf16'"]),
+        ("tiny --training.grad-clip 0", ["training.grad_clip = 0.0 must be positive"]),
+        ("tiny --training.widen.factor 0", ["training.widen: factor = 0"]),
+        ("tiny --model.n-heads 5", ["model.n_heads = 5 does not divide model.d_model = 64"]),
+        ("tiny --data.holdout 2", ["data.holdout = 2.0"]),
+        ("tiny --seed", ["--seed"]),
+        ("tiny more", ["more"]),
+    ],
+)
+def test_what_cannot_be_run_is_named_on_stderr_with_exit_code_2(args, says, capsys):
+    err = refused(args.split(), capsys)
+    assert all(part in err for part in says)
+
+
+@pytest.mark.parametrize(
+    "error, code, says",
+    [
+        (InputError("seed = x"), 2, "error: seed = x\n"),
+        (RunStopped("phase 1, step 3"), 1, "stopped: phase 1, step 3\n"),
+        (GrowthError("a logit moved"), 1, "stopped: a logit moved\n"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; the checkpoints written so far are whole\n"),
+    ],
+)
+def test_each_end_has_its_exit_code_and_one_line(error, code, says, capsys):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        run_command(command)
+    assert (left.value.code, capsys.readouterr().err) == (code, says)
+
+
+def test_success_and_errors_of_the_program_itself_pass_through():
+    run_command(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: print(1 / 0))
+
+
+def test_the_program_run_from_another_folder_exits_as_its_commands_do(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "tinny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "tiny" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from config import InputError
+from utils.device import choose_device, training_dtype
+
+
+def test_auto_is_the_best_device_of_this_machine():
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    assert choose_device("auto").type == ("cuda" if cuda else "mps" if mps else "cpu")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "mps:7", "meta", "", "cpu:", "cuda:x", "CPU"])
+def test_a_device_that_is_not_there_is_refused_with_what_is(name):
+    with pytest.raises(InputError, match=rf"^device = {name} is not there; .* has .*cpu$"):
+        choose_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused():
+    with pytest.raises(InputError, match="device = cuda is not there"):
+        choose_device("cuda")
+
+
+def test_auto_precision_is_bf16_on_cuda_alone():
+    for kind in ("cpu", "mps", "cuda"):
+        device = torch.device(kind)
+        assert training_dtype("fp32", device) == torch.float32
+        assert training_dtype("bf16", device) == torch.bfloat16
+        assert (training_dtype("auto", device) == torch.bfloat16) == (kind == "cuda")

@@ -1,0 +1,98 @@
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from small import CONFIGS, windows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import Deepen, InputError, Phase, Run, Upcycle, Widen, full, tiny
+from models import SLM, next_token_loss
+from utils.schedule import flops_per_token, memory_gb, stages
+
+OWN = {
+    "dense": Phase(steps=3, batch_size=5),
+    "wide": Phase(Widen(3), steps=0),
+    "rest": Phase(steps=7, batch_size=2),
+    "moe": Phase(Upcycle(4), steps=2),
+    "deep": Phase(Deepen(2), steps=1, checkpoint="last.pt", init_checkpoint="first.pt"),
+}
+RUNS = {
+    "full": full(),
+    "tiny": tiny(),
+    "own": replace(tiny(), training=full().training, phases=OWN),
+}
+
+
+def test_the_full_preset_has_the_documented_sizes_and_fits_a_card_of_22_gb():
+    found = stages(full())
+    sizes = [(s.config.num_active_params / 1e6, s.config.num_params / 1e6) for s in found]
+    want = [(64.3, 64.3), (90.3, 246.0), (309.5, 932.4), (374.0, 1152.6)]
+    assert sizes == [pytest.approx(size, abs=0.05) for size in want]
+    assert all(memory_gb(s.config, s.phase.batch_size) < 22 for s in found)
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_each_phase_begins_where_the_one_before_ended(run):
+    found = stages(run)
+    assert [(stage.name, stage.phase) for stage in found] == list(run.schedule.items())
+    assert [stage.number for stage in found] == list(range(1, len(found) + 1))
+    assert (found[0].first_step, found[0].first_token) == (0, 0)
+    for stage, after in pairwise(found):
+        steps, size = stage.phase.steps, stage.phase.batch_size
+        assert stage.tokens == steps * size * run.model.seq_len
+        assert after.first_step == stage.first_step + steps
+        assert after.first_token == stage.first_token + stage.tokens == stage.tokens_at(steps)
+        assert after.phase.grow is not None or after.config == stage.config
+
+
+def test_a_phase_names_its_files_after_itself_unless_told_otherwise():
+    names = [stage.files for stage in stages(RUNS["own"])]
+    own = ["dense_final.pt", "wide_final.pt", "rest_final.pt", "moe_final.pt"]
+    assert names == [*([name] for name in own), ["first.pt", "last.pt"]]
+
+
+@pytest.mark.parametrize("vocab_size", [0, 300])
+def test_a_growth_that_does_not_fit_is_refused_by_the_name_of_its_phase(vocab_size):
+    phases = {"a": Phase(Upcycle(4)), "b": Phase(Upcycle(4))}
+    model = replace(tiny().model, vocab_size=vocab_size)
+    with pytest.raises(InputError, match=r"^phase 2 \(b\): the model already has 4 experts"):
+        stages(Run(model, phases=phases))
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_the_name_of_its_phase():
+    def split(micro):
+        return stages(replace(full(), training=replace(full().training, micro_batch_size=micro)))
+
+    for micro in (1, 2, 4, 8, 9):  # larger than the batch: the batch at once
+        split(micro)
+    with pytest.raises(InputError, match=r"^phase 1 \(dense\): .*micro_batch_size = 3 .* of 8"):
+        split(3)
+
+
+@pytest.mark.parametrize("name", ["steps_phase3", "lr_phase3", "batch_size_phase3"])
+def test_a_bad_field_of_the_default_schedule_is_refused_by_the_name_of_its_phase(name):
+    with pytest.raises(InputError, match="phase3|phase 3") as raised:
+        stages(replace(full(), training=replace(full().training, **{name: -1})))
+    assert " = -1 " in str(raised.value)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
+    model, tokens = SLM(config), windows(config)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        next_token_loss(model(tokens[:, :-1]).logits, tokens).backward()
+    counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    # By convention parameters that multiply without a sum, the gains, count as if they had one;
+    # half of attention is masked away; weighing the chosen experts is left out.
+    gains = 6 * (2 * config.n_layers + 1) * config.d_model
+    half = 6 * config.n_layers * config.d_model * config.seq_len
+    weighing = 6 * config.n_layers * config.d_model * config.top_k if config.num_experts else 0
+    per_token = flops_per_token(config)
+    assert counted["aten.mm"] == tokens[:, 1:].numel() * (per_token - gains - half)
+    assert counted["aten.bmm"] == tokens[:, 1:].numel() * (2 * half + weighing)
+
+
+def test_the_memory_expected_grows_with_the_sequences_at_a_time():
+    config = stages(full())[1].config
+    assert 0 < memory_gb(config, 1) < memory_gb(config, 8)
