@@ -1,21 +1,23 @@
+"""A model at rest: in a file, and between two phases."""
+
 import io
-import pickle
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from small import DENSE, MOE, trained_like, windows
+from small import DENSE, MOE, next_token_loss, trained_like, windows
+from torch.testing import assert_close
 
-from config import Deepen, InputError, Upcycle, Widen
+from config import Deepen, InputError, TrainingConfig, Upcycle, Widen
 from models import SLM
 from transfer import State
 from utils.checkpoint import FORMAT, Checkpoint, load, save
+from utils.optimizer import rest, wake
 
 resource = pytest.importorskip("resource")
 
 GROWTH = (Upcycle(5, 2), Widen(3, noise=0.5, max_loss_drift=1.0), Deepen(2, "end"))
-ROUGH = pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 
 
 def checkpoint(config=DENSE, **changes):
@@ -35,6 +37,23 @@ def as_file(content):
     return file.getvalue()
 
 
+FOREIGN = {
+    "prose": b"Once upon a time",
+    "text that unpickles in part": b"hello\n",
+    "a byte": b"\x80",
+    "the head of a zip file": b"PK\x03\x04",
+    "noise": random.Random(0).randbytes(5000),
+    "a list": as_file([1]),
+    "a tensor": as_file(torch.ones(2)),
+    "a whole module": as_file(SLM(DENSE)),
+    "weights alone": as_file(SLM(DENSE).state_dict()),
+    "a format of another program": as_file({"model": {}, "format": "pt"}),
+    "another format": as_file({"format": FORMAT + 1, "config": {}}),
+    "nothing but the format": as_file({"format": FORMAT}),
+    "fields of another program": as_file({"format": FORMAT, "config": {"n_embd": 3}}),
+}
+
+
 def refused(path, content):
     path.write_bytes(content)
     with pytest.raises(InputError) as raised:
@@ -42,7 +61,7 @@ def refused(path, content):
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
-@ROUGH
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 def test_what_was_saved_is_loaded_bit_for_bit(config, tmp_path):
     told = {"phase_name": "wide", "tokens": 2**40, "seed": -3}
     before = checkpoint(config, growth=GROWTH, probe=windows(config), **told)
@@ -85,29 +104,7 @@ def test_a_checkpoint_cut_short_is_refused(share, tmp_path):
     refused(tmp_path / "b.pt", whole[: int(share * len(whole))])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"Once upon a time",
-        b"hello\n",
-        b"{}",
-        b"\x80",
-        b"PK\x03\x04",
-        random.Random(0).randbytes(5000),
-        pickle.dumps([1]),
-        as_file([1]),
-        as_file(3),
-        as_file(torch.ones(2)),
-        as_file(SLM(DENSE)),
-        as_file(SLM(DENSE).state_dict()),
-        as_file({"model": {}, "format": "pt"}),
-        as_file({"format": torch.ones(2)}),
-        as_file({"format": FORMAT}),
-        as_file({"format": FORMAT + 1, "config": {}}),
-        as_file({"format": FORMAT, "config": {"n_embd": 3}, "growth": []}),
-    ],
-    ids=lambda content: f"{content[:8]}, {len(content)} bytes",
-)
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_a_file_of_another_kind_is_refused(content, tmp_path):
     refused(tmp_path / "a.pt", content)
 
@@ -138,3 +135,33 @@ def test_an_unwritable_place_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="none"):
         save(tmp_path / "none" / "a.pt", checkpoint())
     assert not list(tmp_path.iterdir())
+
+
+def test_training_goes_on_after_a_rest_as_if_there_had_been_none():
+    ends = []
+    for rests in (False, True):
+        torch.manual_seed(0)
+        model, optimizer = wake(State.of(SLM(DENSE)), TrainingConfig())
+        for seed in range(4):
+            if rests:
+                model, optimizer = wake(rest(model, optimizer), TrainingConfig())
+            next_token_loss(model, windows(DENSE, seed=seed)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(rest(model, optimizer))
+    for name, weight in ends[0].weights.items():
+        assert torch.equal(ends[1].weights[name], weight)
+        assert all(torch.equal(ends[1].adam[name][key], m) for key, m in ends[0].adam[name].items())
+
+
+def test_gains_are_not_decayed_and_all_else_is():
+    model, optimizer = wake(State.of(SLM(DENSE)), TrainingConfig(weight_decay=0.5))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    for name, weight in model.named_parameters():
+        kept = 1.0 if name.endswith("norm.weight") else 0.95
+        assert_close(weight.detach(), kept * before[name])

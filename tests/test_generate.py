@@ -15,7 +15,7 @@ from utils.checkpoint import Checkpoint, save
 from utils.generate import generate, main, story
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ModelConfig(vocab_size=300, d_model=24, n_layers=2, n_heads=2, d_ff=40, seq_len=8)
+CONFIG = ModelConfig(300, d_model=24, n_layers=2, n_heads=2, d_ff=40, seq_len=8, tied=False)
 START = [5, 6, 7]
 PROMPT = "Once upon a time"
 NEVER = -1

@@ -27,11 +27,11 @@ def header(
     rows: Rows = [
         ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
     ]
-    rows += [describe(stage, run.training.micro_batch_size) for stage in found]
+    rows += [describe(stage, run.training.micro_batch_size, dtype) for stage in found]
     return "\n".join([*lines, *table(rows), ""])
 
 
-def describe(stage: Stage, micro: int | None) -> tuple[str, ...]:
+def describe(stage: Stage, micro: int | None, dtype: torch.dtype) -> tuple[str, ...]:
     config, phase = stage.config, stage.phase
     kind = f"{config.num_experts} experts, top-{config.top_k}" if config.num_experts else "dense"
     sequences = min(micro or phase.batch_size, phase.batch_size)
@@ -42,7 +42,7 @@ def describe(stage: Stage, micro: int | None) -> tuple[str, ...]:
         short(stage.tokens),
         f"{phase.batch_size} x {config.seq_len}",
         f"{phase.lr:g}",
-        f"{memory_gb(config, sequences):.1f} GB",
+        f"{memory_gb(config, sequences, dtype):.1f} GB",
     )
 
 

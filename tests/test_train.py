@@ -1,0 +1,180 @@
+"""Whole runs, from the call to the files, on a model of 27 thousand parameters."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from config import Deepen, InputError, Phase, TrainingConfig, Upcycle, Widen, tiny
+from train import main
+from transfer.verify_growth_mechanics import compare_checkpoints
+from utils.checkpoint import load
+from utils.cli import RunStopped, run_command
+from utils.history import read, select
+from utils.lab import PROMPTS
+
+SCRIPT = Path(__file__).parent.parent / "transfer" / "verify_growth_mechanics.py"
+MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
+BRIEF = TrainingConfig(log_every=2, eval_every=3, eval_tokens=400, sample_tokens=6)
+STEPS = {f"steps_phase{i}": steps for i, steps in enumerate((5, 5, 4, 4), 1)}
+FOUR = replace(BRIEF, **STEPS, batch_size=4, upcycle=Upcycle(4), deepen=Deepen(2))
+GROWTH = (FOUR.upcycle, FOUR.widen, FOUR.deepen)
+MODELS = ["dense_model", "moe_model_init", "moe_model_final", "medium_moe_final", "large_moe_final"]
+HISTORY = "training_history.jsonl"
+FIELDS = {
+    "run": "config seed corpus fallback fingerprint device dtype params active_params commit",
+    "step": "step tokens lr loss balance_loss z_loss grad_norm tokens_per_s",
+    "eval": "step tokens valid_loss",
+    "grow": "how tokens loss_before loss_after loss_drift max_logit_diff kl flipped growth_s",
+    "checkpoint": "path trained",
+    "end": "tokens",
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    data = replace(tiny().data, num_stories=200, cache=folder / "cache")
+    return replace(tiny(), model=MODEL, training=FOUR, data=data, out=folder / "run", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(small):
+    main(small)
+    return small.out
+
+
+@pytest.fixture
+def own(small, tmp_path):
+    """Carries out a schedule of its own: the history, and each phase's checkpoint."""
+
+    def own(training=BRIEF, model=MODEL, **phases):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        main(replace(small, model=model, training=training, phases=phases, out=out))
+        return read(out / HISTORY), [load(out / f"{name}_final.pt") for name in phases]
+
+    return own
+
+
+def equal(one, other):
+    one, other = one.weights, other.weights
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def reproducible(folder):
+    """The history but for timings and for what it was told of the folder."""
+    events = read(folder / HISTORY)
+    events[0]["config"] |= {"out": None, "overwrite": None}
+    return [{k: v for k, v in event.items() if not k.endswith("_s")} for event in events]
+
+
+def test_a_run_leaves_the_files_that_others_rely_on(finished):
+    files = [f"{name}.pt" for name in MODELS] + [HISTORY, "training_curves.png"]
+    assert {path.name for path in finished.iterdir()} == set(files)
+    assert (finished / "training_curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    saved = [load(finished / f"{name}.pt") for name in MODELS]
+    assert [checkpoint.tokens for checkpoint in saved] == [640, 640, 1280, 1536, 1664]
+    assert [checkpoint.growth for checkpoint in saved] == [GROWTH[:i] for i in (0, 1, 1, 2, 3)]
+    params = [sum(p.numel() for p in file.state.model().parameters()) for file in saved]
+    assert [params[0], *params[2:]] == read(finished / HISTORY)[0]["params"]
+
+
+def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
+    lines = (finished / HISTORY).read_text().splitlines()
+    events = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert {event["event"] for event in events} == FIELDS.keys()
+    assert all(set(FIELDS[event["event"]].split()) <= event.keys() for event in events)
+    assert [event["event"] for event in (events[0], events[-1])] == ["run", "end"]
+    named = [(event["phase"], event["phase_name"]) for event in events[1:-1]]
+    assert list(dict.fromkeys(named)) == list(enumerate(("dense", "moe", "wide", "deep"), 1))
+    times, tokens = ([e[k] for e in events if k in e] for k in ("wall_s", "tokens"))
+    assert times == sorted(times) and tokens == sorted(tokens) and tokens[-1] == 1664
+    steps = [0, 3, 5] * 2 + [0, 3, 4] * 2
+    assert [event["step"] for event in select(events, "eval")] == steps
+
+
+def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
+    events = read(finished / HISTORY)
+    for event, how in zip(select(events, "grow"), GROWTH, strict=True):
+        assert event["how"] == type(how).__name__
+        assert event["max_logit_diff"] <= how.max_logit_drift
+        assert abs(event["loss_drift"]) <= how.max_loss_drift
+    for before, after in pairwise(select(events, "eval")):
+        if after["step"] == 0:
+            assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
+
+
+def test_every_phase_ends_with_a_story_for_each_prompt(finished):
+    trained = [event for event in read(finished / HISTORY) if event.get("trained")]
+    told = [text for event in trained for text in event["samples"]]
+    for text, prompt in zip(told, 4 * PROMPTS, strict=True):
+        assert text.startswith(prompt) and text != prompt
+
+
+def test_the_seed_decides_everything_and_overwrite_runs_anew(small, finished, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="a finished run: --overwrite"):
+        main(replace(small, out=tmp_path))
+    paths = [(finished / f"{name}.pt", tmp_path / f"{name}.pt") for name in MODELS]
+    for seed in (1, small.seed):
+        main(replace(small, out=tmp_path, overwrite=True, seed=seed))
+        same = [equal(load(one), load(other)) for one, other in paths]
+        assert same == [seed == small.seed] * len(MODELS)
+    assert reproducible(tmp_path) == reproducible(finished)
+
+
+def test_another_order_is_other_data_and_no_other_code(own):
+    growth = {"dense": None, "wide": Widen(3), "moe": Upcycle(4), "deep": Deepen(2)}
+    events, saved = own(**{name: Phase(how, steps=2) for name, how in growth.items()})
+    assert [event["how"] for event in select(events, "grow")] == ["Widen", "Upcycle", "Deepen"]
+    wide = replace(MODEL, d_model=96, n_heads=6, d_ff=144, logit_scale=1 / 3)
+    assert saved[-1].config == replace(wide, num_experts=4, n_layers=4)
+
+
+def test_one_phase_is_training_from_scratch_and_no_steps_hand_the_model_on(own):
+    model = replace(MODEL, num_experts=4)
+    events, (before, after) = own(model=model, scratch=Phase(steps=2), still=Phase(steps=0))
+    assert equal(before, after) and before.tokens == after.tokens
+    assert not select(events, "grow") and before.config == model
+
+
+def test_micro_batches_add_up_to_the_batch(own):
+    phase = Phase(batch_size=6, steps=4)
+    runs = [own(replace(BRIEF, micro_batch_size=micro), only=phase) for micro in (None, 2, 9)]
+    (want, *found) = ([step["loss"] for step in select(events, "step")] for events, _ in runs)
+    assert found == [pytest.approx(want, rel=1e-5)] * 2
+    for _, (saved,) in runs:
+        assert_close(saved.weights, runs[0][1][0].weights, rtol=1e-4, atol=1e-5)
+
+
+def test_a_growth_that_moves_the_model_stops_the_run(small, tmp_path, capsys):
+    training = replace(FOUR, widen=Widen(2, max_logit_drift=0.0))
+    with pytest.raises(SystemExit, match=r"^1$"):
+        run_command(lambda: main(replace(small, training=training, out=tmp_path)))
+    assert "phase 3 (wide): Widen changed the model: a logit moved" in capsys.readouterr().err
+    assert load(tmp_path / "moe_model_final.pt").state.model()
+    assert not (tmp_path / "medium_moe_final.pt").exists()
+    assert not select(read(tmp_path / HISTORY), "end")
+
+
+@pytest.mark.parametrize("log_every", [1, 9], ids=["logged first", "evaluated first"])
+def test_a_loss_that_is_not_finite_stops_the_run_where_it_is(own, log_every):
+    with pytest.raises(RunStopped, match=r"^phase 1 \(only\), step \d: \w+ is (nan|inf)"):
+        own(replace(BRIEF, log_every=log_every), only=Phase(steps=9, lr=1e30))
+
+
+def test_two_checkpoints_are_the_same_function_right_after_growth_and_not_later(finished, tmp_path):
+    dense, grown, last = (finished / f"{MODELS[i]}.pt" for i in (0, 1, 4))
+    assert compare_checkpoints(dense, grown) and not compare_checkpoints(dense, last)
+    with pytest.raises(InputError, match="did not grow out of"):
+        compare_checkpoints(last, dense)
+    command = [sys.executable, SCRIPT, "--before", dense, "--after", last]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.endswith("NOT every law holds\n")
