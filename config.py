@@ -25,8 +25,11 @@ class ModelConfig:
     vocab_size: int = 50_257
     """0 takes the tokenizer's."""
     d_model: int = 512
+    """Width of the residual stream."""
     n_layers: int = 12
+    """Blocks of attention and feed-forward."""
     n_heads: int = 8
+    """Query heads, each d_model / n_heads wide."""
     n_kv_heads: int | None = None
     """Key/value heads, each serving n_heads / n_kv_heads query heads; None: as many as n_heads."""
     d_ff: int = 1408
@@ -38,12 +41,15 @@ class ModelConfig:
     top_k: int = 2
     """Experts that each token visits; unused in a dense model."""
     position: Literal["rope", "learned"] = "rope"
+    """Rotary positions, or a learned embedding of each."""
     rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
     tied: bool = True
     """The head is the token embedding."""
     logit_scale: float = 1.0
     """Logits are multiplied by it: widening by r divides it by r where the head is tied."""
     norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "d_ff", "seq_len"):
@@ -108,7 +114,9 @@ class Upcycle:
     """Every feed-forward becomes `num_experts` copies of itself behind a router."""
 
     num_experts: int = 8
+    """Experts in each layer."""
     top_k: int = 2
+    """Experts that each token visits."""
     max_logit_drift: float = 1e-4
     """Largest |logit difference| allowed on the probe batch, in float32."""
     max_loss_drift: float = 1e-4
@@ -127,6 +135,7 @@ class Widen:
     """Residual stream, heads and feed-forward repeated `factor` times; a head keeps its size."""
 
     factor: int = 2
+    """Copies of each unit."""
     noise: float = 0.1
     """Noise on the copies, relative to each weight's standard deviation; it cancels over the copied
     inputs, so the function is kept. At 0 the copies get equal gradients and stay equal for ever."""
@@ -148,7 +157,9 @@ class Deepen:
     """New blocks that add nothing yet: their output projections start at zero."""
 
     extra_layers: int = 3
+    """New blocks."""
     where: Where = "interleaved"
+    """Between the old blocks, as evenly as can be, or after them."""
     max_logit_drift: float = 1e-4
     """Largest |logit difference| allowed on the probe batch, in float32."""
     max_loss_drift: float = 1e-4
@@ -172,6 +183,7 @@ class Phase:
     grow: Growth | None = None
     """None trains the model as it is."""
     steps: int = 1000
+    """Optimizer steps."""
     batch_size: int = 8
     """Sequences of seq_len tokens in each optimizer step."""
     lr: float = 3e-4
@@ -192,17 +204,27 @@ class TrainingConfig:
     """The four phases of the default schedule, and how every phase is trained."""
 
     steps_phase1: int = 1000
+    """Optimizer steps of the dense phase."""
     steps_phase2: int = 1000
+    """Of the mixture of experts."""
     steps_phase3: int = 500
+    """Of the wider one."""
     steps_phase4: int = 500
+    """Of the deeper one."""
     lr_phase1: float = 3e-4
+    """Peak learning rate of the dense phase."""
     lr_phase2: float = 2e-4
+    """Of the mixture of experts."""
     lr_phase3: float = 1e-4
+    """Of the wider one."""
     lr_phase4: float = 5e-5
+    """Of the deeper one."""
     batch_size: int = 8
     """Sequences per optimizer step in phases 1 and 2."""
     batch_size_phase3: int = 2
+    """Sequences per optimizer step in phase 3."""
     batch_size_phase4: int = 1
+    """Sequences per optimizer step in phase 4."""
     upcycle: Upcycle = Upcycle()
     """How phase 1's model becomes phase 2's."""
     widen: Widen = Widen()
@@ -217,7 +239,9 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient."""
     beta1: float = 0.9
+    """Decay of Adam's first moment."""
     beta2: float = 0.95
+    """Decay of Adam's second moment."""
     warmup: float = 0.05
     """Share of each phase's steps over which the learning rate rises to its peak."""
     lr_floor: float = 0.1
@@ -238,10 +262,19 @@ class TrainingConfig:
     """Length of the stories written at the end of each phase; 0 writes none."""
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "eval_every", "probe_sequences"):
+        phases = [f.name for f in fields(self) if "_phase" in f.name or f.name == "batch_size"]
+        sizes = [name for name in phases if name.startswith("batch_size")]
+        for name in (*sizes, "log_every", "eval_every", "probe_sequences"):
             value = getattr(self, name)
             require(value >= 1, f"training.{name} = {value} must be at least 1")
-        for name in ("weight_decay", "eval_tokens", "sample_tokens", "balance_coef", "z_coef"):
+        for name in (
+            *phases,
+            "weight_decay",
+            "eval_tokens",
+            "sample_tokens",
+            "balance_coef",
+            "z_coef",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"training.{name} = {value} must not be negative")
         for name in ("warmup", "lr_floor"):
@@ -334,6 +367,7 @@ class Run:
     out: Path = Path("checkpoints")
     """Folder for checkpoints, history and plot."""
     seed: int = 0
+    """Of the initial weights, the batches, the noise of growth and the samples."""
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -341,7 +375,7 @@ class Run:
     overwrite: bool = False
     """Replace what an earlier run left in `out`."""
     dry_run: bool = False
-    """Print what would run, phase by phase, and stop."""
+    """Prepare the data, print what would run, phase by phase, and stop."""
 
     def __post_init__(self) -> None:
         default = TrainingConfig()

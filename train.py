@@ -26,7 +26,7 @@ from utils.device import autocast, choose_device, reset_peak_memory, training_dt
 from utils.header import header, progress, summary
 from utils.history import History, read
 from utils.lab import Lab, record_start, samples, save_model
-from utils.meter import Forecast, Meter
+from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import rest, wake
 from utils.output import HISTORY, PLOT, check_folder, open_folder
 from utils.plot import plot
@@ -130,9 +130,10 @@ def train(state: State, stage: Stage, lab: Lab, note: Note) -> tuple[State, dict
     last: dict[str, float] = {}
 
     def measure(step: int) -> None:
-        found = evaluate(model, lab)
-        note("eval", step=step, tokens=stage.tokens_at(step), **found)
-        last["valid_loss"] = found["valid_loss"]
+        loss, load = evaluate(model, lab)
+        last["valid_loss"] = loss
+        check_finite(last, f"{stage}, step {step}")
+        note("eval", step=step, tokens=stage.tokens_at(step), valid_loss=loss, **load)
         tqdm.write(progress(stage, step, last))
         meter.restart()
 
@@ -202,7 +203,7 @@ def batches(stage: Stage, lab: Lab) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: SLM, lab: Lab) -> dict:
+def evaluate(model: SLM, lab: Lab) -> tuple[float, dict[str, list]]:
     """Loss on the held-out windows, and the share of choices that each layer's experts got."""
     loss = torch.zeros((), device=lab.device)
     loads = []
@@ -214,7 +215,7 @@ def evaluate(model: SLM, lab: Lab) -> dict:
         if out.routing:
             loads.append(share * torch.stack([layer.load_E for layer in out.routing]))
     load = {"expert_load": torch.stack(loads).sum(0).tolist()} if loads else {}
-    return {"valid_loss": loss.item(), **load}
+    return loss.item(), load
 
 
 if __name__ == "__main__":

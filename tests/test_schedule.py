@@ -2,6 +2,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 from small import CONFIGS, windows
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +31,7 @@ def test_the_full_preset_has_the_documented_sizes_and_fits_a_card_of_22_gb():
     sizes = [(s.config.num_active_params / 1e6, s.config.num_params / 1e6) for s in found]
     want = [(64.3, 64.3), (90.3, 246.0), (309.5, 932.4), (374.1, 1152.6)]
     assert sizes == [pytest.approx(size, abs=0.05) for size in want]
-    assert all(memory_gb(s.config, s.phase.batch_size) < 22 for s in found)
+    assert all(memory_gb(s.config, s.phase.batch_size, torch.bfloat16) < 22 for s in found)
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -94,9 +95,10 @@ def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
     assert counted["aten.bmm"] == tokens[:, 1:].numel() * (2 * half + weighing)
 
 
-def test_the_memory_expected_grows_with_the_sequences_at_a_time():
+def test_the_memory_expected_grows_with_the_sequences_at_a_time_and_with_their_precision():
     config = stages(full())[1].config
-    assert 0 < memory_gb(config, 1) < memory_gb(config, 8)
+    few, many = (memory_gb(config, size, torch.bfloat16) for size in (1, 8))
+    assert 16 * config.num_params / 1e9 < few < many < memory_gb(config, 8, torch.float32)
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.25, 0.5, 1.0])

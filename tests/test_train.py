@@ -64,8 +64,7 @@ def own(small, tmp_path):
 
 
 def equal(one, other):
-    one, other = one.weights, other.weights
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return all(torch.equal(one.weights[name], weight) for name, weight in other.weights.items())
 
 
 def reproducible(folder):
@@ -96,8 +95,7 @@ def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
     assert list(dict.fromkeys(named)) == list(enumerate(("dense", "moe", "wide", "deep"), 1))
     times, tokens = ([e[k] for e in events if k in e] for k in ("wall_s", "tokens"))
     assert times == sorted(times) and tokens == sorted(tokens) and tokens[-1] == 1664
-    steps = [0, 3, 5] * 2 + [0, 3, 4] * 2
-    assert [event["step"] for event in select(events, "eval")] == steps
+    assert [e["step"] for e in select(events, "eval")] == [0, 3, 5] * 2 + [0, 3, 4] * 2
 
 
 def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
@@ -138,11 +136,13 @@ def test_another_order_is_other_data_and_no_other_code(own):
     assert saved[-1].config == replace(wide, num_experts=4, n_layers=4)
 
 
-def test_one_phase_is_training_from_scratch_and_no_steps_hand_the_model_on(own):
-    model = replace(MODEL, num_experts=4)
-    events, (before, after) = own(model=model, scratch=Phase(steps=2), still=Phase(steps=0))
-    assert equal(before, after) and before.tokens == after.tokens
-    assert not select(events, "grow") and before.config == model
+def test_a_phase_cut_in_pieces_is_the_same_training_and_no_steps_hand_the_model_on(own):
+    flat, model = replace(BRIEF, warmup=0.0, lr_floor=1.0), replace(MODEL, num_experts=4)
+    events, (whole,) = own(flat, model, scratch=Phase(steps=4))
+    pieces = {name: Phase(steps=steps) for name, steps in (("one", 1), ("none", 0), ("rest", 3))}
+    _, (one, none, rest) = own(flat, model, **pieces)
+    assert equal(rest, whole) and equal(one, none) and one.tokens == none.tokens
+    assert not select(events, "grow") and whole.config == model
 
 
 def test_micro_batches_add_up_to_the_batch(own):

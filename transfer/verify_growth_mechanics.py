@@ -20,7 +20,7 @@ from torch import Tensor
 
 from config import Deepen, Growth, InputError, ModelConfig, Upcycle, Widen, require
 from models import SLM
-from transfer.drift import GrowthError, block_map, broken_laws, compare, grow, look
+from transfer.drift import GrowthError, Structure, block_map, broken_laws, compare, grow, look
 from transfer.growth import plan_for
 from transfer.plan import State, Tile, carry_out
 
@@ -145,10 +145,17 @@ def compare_checkpoints(before: Path, after: Path) -> bool:
     require(old.probe is not None, f"{before} holds no probe batch")
     assert old.probe is not None
     config, layers = old.config, list[int | None](range(old.config.n_layers))
+    structure = Structure()
     for how in grown:
         config, plan = plan_for(config, how)
         layers = [None if i is None else layers[i] for i in block_map(plan)]
+        if len(grown) == 1:
+            for name, row in plan.items():
+                source = old.weights[row.source] if isinstance(row, Tile) else None
+                structure(name, row, source, new.weights[name])
     drift = compare(look(old.state.model(), old.probe), look(new.state.model(), old.probe), layers)
+    if len(grown) == 1:
+        drift = replace(drift, **structure.summary())
     for name, value in asdict(drift).items():
         if value is not None:
             print(f"{name:<18}{value:.6g}")

@@ -1,7 +1,6 @@
 """Checkpoints: weights and plain values in one `.pt` file that loads with `weights_only=True`."""
 
 import os
-import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -65,12 +64,15 @@ def load(path: Path) -> Checkpoint:
     require(path.is_file(), f"{path}: there is no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(
-            f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}"
-        ) from None
-    known = isinstance(content, dict) and content.pop("format", None) == FORMAT
-    require(known, f"{path} is no checkpoint of this program (format {FORMAT})")
+        return unpack(content)
+    except Exception as error:  # what is wrong with a file shows in any place, as any error
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path} is damaged or no checkpoint ({what})") from error
+
+
+def unpack(content: dict) -> Checkpoint:
+    found = content.pop("format")
+    require(found == FORMAT, f"its format is {found}, not {FORMAT}")
     content["config"] = ModelConfig(**content["config"])
     content["growth"] = tuple(OPERATORS[how.pop("how")](**how) for how in content["growth"])
     return Checkpoint(**content)

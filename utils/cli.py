@@ -1,7 +1,10 @@
 """From the command line to a call: presets, overrides, and what an error looks like."""
 
+import io
+import re
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from difflib import get_close_matches
 
 from config import PRESETS, InputError, Run
@@ -33,7 +36,7 @@ def leave(message: str, code: int) -> None:
 
 
 def parse(args: list[str]) -> Run:
-    """`[PRESET] [--field value ...]` -> Run; where it cannot be one, a message and exit code 2."""
+    """`[PRESET] [--field value ...]` -> Run. Raises InputError where it cannot be one."""
     import tyro
 
     preset, fields = "full", args
@@ -43,13 +46,29 @@ def parse(args: list[str]) -> Run:
         nearest = get_close_matches(preset, PRESETS, n=1)
         hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
         raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
-    presets = "\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
-    return tyro.cli(
-        Run,
-        args=fields,
-        default=PRESETS[preset](),
-        prog=f"train.py {preset}",
-        description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}\n\n"
-        f"The defaults below are those of {preset}.",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                Run,
+                args=fields,
+                default=PRESETS[preset](),
+                prog=f"train.py {preset}",
+                description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
+                f"\n\nThe defaults below are those of {preset}.",
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(unframed(said.getvalue())) from None
+
+
+def unframed(box: str) -> str:
+    """What tyro says in a frame of several lines, as one: the complaint, then what was meant."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    complaint, *others = re.split(r"─{3,}", " ".join(line for line in lines[1:] if line))
+    hints = " ".join(part for part in others if "Perhaps you meant" in part)
+    meant = re.findall(r"(?<= )--[\w.-]+", hints)
+    return complaint.strip() + (f"; perhaps you meant {' or '.join(meant[:3])}" if meant else "")

@@ -12,9 +12,7 @@ def choose_device(name: str) -> torch.device:
     present = devices()
     if name == "auto":
         return torch.device(present[0])
-    kind, _, index = name.partition(":")
-    there = kind in present and (not index or f"{kind}:{index}" in present)
-    if not there:
+    if name not in present:
         raise InputError(f"device = {name} is not there; this machine has {', '.join(present)}")
     return torch.device(name)
 

@@ -36,14 +36,18 @@ class Meter:
         means = (self.sums / self.steps).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, float] = dict(zip(MEASURES, means, strict=True))
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise RunStopped(f"{where}: {name} is {value}; a lower learning rate may help")
+        check_finite(values, where)
         values["tokens_per_s"] = self.steps * self.tokens_per_step / seconds
         if (peak := peak_memory_gb(self.device)) is not None:
             values["peak_memory_gb"] = peak
         self.restart()
         return values
+
+
+def check_finite(values: dict[str, float], where: str) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise RunStopped(f"{where}: {name} is {value}; a lower learning rate may help")
 
 
 class Forecast:
