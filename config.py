@@ -4,6 +4,7 @@ A preset is a function that returns a complete `Run`; the command line overrides
 """
 
 from dataclasses import dataclass, field, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -75,8 +76,9 @@ class ModelConfig:
             f"model.top_k = {self.top_k} must be between 1 and "
             f"model.num_experts = {self.num_experts}",
         )
-        require(self.norm_eps > 0, f"model.norm_eps = {self.norm_eps} must be positive")
-        require(self.rope_theta > 0, f"model.rope_theta = {self.rope_theta} must be positive")
+        for name in ("norm_eps", "rope_theta", "logit_scale"):
+            value = getattr(self, name)
+            require(0 < value < inf, f"model.{name} = {value} must be positive and finite")
         require(
             self.position in ("rope", "learned"),
             f"model.position = {self.position!r} must be 'rope' or 'learned'",
@@ -146,7 +148,7 @@ class Widen:
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, f"factor = {self.factor} must be at least 1")
-        require(self.noise >= 0, f"noise = {self.noise} must not be negative")
+        require(0 <= self.noise < inf, f"noise = {self.noise} must be finite and not negative")
 
 
 Where = Literal["interleaved", "end"]
@@ -196,7 +198,7 @@ class Phase:
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"steps = {self.steps} must not be negative")
         require(self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1")
-        require(self.lr >= 0, f"lr = {self.lr} must not be negative")
+        require(0 <= self.lr < inf, f"lr = {self.lr} must be finite and not negative")
 
 
 @dataclass(frozen=True)
@@ -276,14 +278,17 @@ class TrainingConfig:
             "z_coef",
         ):
             value = getattr(self, name)
-            require(value >= 0, f"training.{name} = {value} must not be negative")
+            require(0 <= value < inf, f"training.{name} = {value} must be finite and not negative")
         for name in ("warmup", "lr_floor"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"training.{name} = {value} must be between 0 and 1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name} = {value} must be in [0, 1)")
-        require(self.grad_clip > 0, f"training.grad_clip = {self.grad_clip} must be positive")
+        require(
+            0 < self.grad_clip < inf,
+            f"training.grad_clip = {self.grad_clip} must be positive and finite",
+        )
         micro = self.micro_batch_size
         require(
             micro is None or micro >= 1, f"training.micro_batch_size = {micro} must be at least 1"
@@ -378,6 +383,7 @@ class Run:
     """Prepare the data, print what would run, phase by phase, and stop."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
         default = TrainingConfig()
         changed = [
             name
@@ -406,10 +412,10 @@ def tiny() -> Run:
         vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128, num_experts=0
     )
     training = TrainingConfig(
-        steps_phase1=300,
-        steps_phase2=120,
-        steps_phase3=120,
-        steps_phase4=100,
+        steps_phase1=250,
+        steps_phase2=100,
+        steps_phase3=100,
+        steps_phase4=80,
         lr_phase1=3e-3,
         lr_phase2=2e-3,
         lr_phase3=1e-3,

@@ -130,12 +130,12 @@ def train(state: State, stage: Stage, lab: Lab, note: Note) -> tuple[State, dict
     last: dict[str, float] = {}
 
     def measure(step: int) -> None:
-        loss, load = evaluate(model, lab)
+        with meter.paused():
+            loss, load = evaluate(model, lab)
         last["valid_loss"] = loss
         check_finite(last, f"{stage}, step {step}")
         note("eval", step=step, tokens=stage.tokens_at(step), valid_loss=loss, **load)
         tqdm.write(progress(stage, step, last))
-        meter.restart()
 
     measure(0)
     with tqdm(total=phase.steps, desc=str(stage), unit="step", disable=None) as bar:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-CHUNK = 1024
-"""Tokens whose float32 logits exist at a time."""
+CHUNK = 1 << 26
+"""Float32 logits that exist at a time."""
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -18,20 +18,21 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits_NV: Tensor, target_N: Tensor) -> Tensor:
         exact = torch.promote_types(logits_NV.dtype, torch.float32)
         loss, grads = torch.zeros((), device=logits_NV.device, dtype=exact), []
-        for logits, target in zip(logits_NV.split(CHUNK), target_N.split(CHUNK), strict=True):
+        rows = max(1, CHUNK // logits_NV.shape[1])
+        for logits, target in zip(logits_NV.split(rows), target_N.split(rows), strict=True):
             log_p, target = logits.to(exact).log_softmax(-1), target[:, None]
             loss -= log_p.gather(1, target).sum()
             if ctx.needs_input_grad[0]:
                 grad = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=exact))
                 grads.append(grad.div_(len(logits_NV)).to(logits.dtype))
         if grads:
-            ctx.save_for_backward(torch.cat(grads))
+            ctx.save_for_backward(torch.cat(grads) if len(grads) > 1 else grads[0])
         return loss / len(logits_NV)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
         (grad_NV,) = ctx.saved_tensors
-        return grad_NV * grad_loss.to(grad_NV.dtype), None
+        return grad_NV.mul_(grad_loss.to(grad_NV.dtype)), None  # a second backward is an error
 
 
 def next_token_loss(logits_BTV: Tensor, tokens_BS: Tensor) -> Tensor:

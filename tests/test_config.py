@@ -78,6 +78,10 @@ def test_a_preset_is_a_complete_documented_run_that_json_can_hold(name):
 @pytest.mark.parametrize(
     "kind, bad, says",
     [
+        (Run, {"seed": -1}, "seed = -1"),
+        (Run, {"seed": 2**63}, "seed = 9223372036854775808"),
+        (Phase, {"lr": float("inf")}, "lr = inf"),
+        (TrainingConfig, {"grad_clip": float("nan")}, "training.grad_clip = nan"),
         (ModelConfig, {"d_model": 0}, "model.d_model = 0"),
         (ModelConfig, {"n_layers": 0}, "model.n_layers = 0"),
         (ModelConfig, {"d_ff": -1}, "model.d_ff = -1"),

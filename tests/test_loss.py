@@ -3,8 +3,16 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import models.loss
 from models import next_token_loss
-from models.loss import CHUNK, CrossEntropy
+from models.loss import CrossEntropy
+
+CHUNK = 100
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(models.loss, "CHUNK", 11 * CHUNK)
 
 
 def drawn(tokens, dtype):
@@ -13,8 +21,8 @@ def drawn(tokens, dtype):
     return logits.to(dtype).requires_grad_(), torch.randint(11, (tokens,), generator=generator)
 
 
-def with_gradient(loss, logits):
-    value = loss(logits)
+def with_gradient(function, logits):
+    value = function(logits)
     (gradient,) = torch.autograd.grad(3 * value, logits)
     return value.detach(), gradient
 

@@ -72,6 +72,23 @@ def test_a_batch_that_does_not_divide_is_refused_by_the_name_of_its_phase():
         split(3)
 
 
+@pytest.mark.parametrize(
+    "phases, says",
+    [
+        ({"a/b": Phase()}, r"phase 1 \(a/b\): checkpoint = a/b_final.pt is not a file name"),
+        ({"a": Phase(checkpoint="../a.pt")}, "checkpoint = ../a.pt is not a file name"),
+        ({"a": Phase(checkpoint="training_history.jsonl")}, "is not a file name that ends in .pt"),
+        (
+            {"a": Phase(checkpoint="x.pt"), "b": Phase(checkpoint="x.pt")},
+            r"phase 2 \(b\): checkpoint = x.pt is also that of phase 1 \(a\)",
+        ),
+    ],
+)
+def test_each_phase_must_have_checkpoints_of_its_own(phases, says):
+    with pytest.raises(InputError, match=says):
+        stages(replace(full(), phases=phases))
+
+
 @pytest.mark.parametrize("name", ["steps_phase3", "lr_phase3", "batch_size_phase3"])
 def test_a_bad_field_of_the_default_schedule_is_refused_by_the_name_of_its_phase(name):
     with pytest.raises(InputError, match=r"phase ?3") as raised:

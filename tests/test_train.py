@@ -178,3 +178,11 @@ def test_two_checkpoints_are_the_same_function_right_after_growth_and_not_later(
     command = [sys.executable, SCRIPT, "--before", dense, "--after", last]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.endswith("NOT every law holds\n")
+
+
+def test_when_it_is_evaluated_changes_nothing_else_in_the_record(own):
+    def steps(eval_every):
+        history, _ = own(replace(BRIEF, log_every=4, eval_every=eval_every), only=Phase(steps=8))
+        return [line["loss"] for line in select(history, "step")]
+
+    assert steps(3) == steps(100)

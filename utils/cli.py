@@ -67,8 +67,9 @@ def parse(args: list[str]) -> Run:
 
 def unframed(box: str) -> str:
     """What tyro says in a frame of several lines, as one: the complaint, then what was meant."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    complaint, *others = re.split(r"─{3,}", " ".join(line for line in lines[1:] if line))
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    complaint, *others = filter(str.strip, re.split(r"[─-]{3,}", text))
     hints = " ".join(part for part in others if "Perhaps you meant" in part)
     meant = re.findall(r"(?<= )--[\w.-]+", hints)
     return complaint.strip() + (f"; perhaps you meant {' or '.join(meant[:3])}" if meant else "")

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ class Meter:
     def __init__(self, device: torch.device, tokens_per_step: int):
         self.device, self.tokens_per_step = device, tokens_per_step
         self.restart()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def restart(self) -> None:
         self.sums = torch.zeros(len(MEASURES), device=self.device)

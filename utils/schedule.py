@@ -1,6 +1,7 @@
 """What a run will do, phase by phase, known before it starts: sizes, tokens, work, memory."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -64,7 +65,19 @@ def stages(run: Run) -> list[Stage]:
             raise InputError(f"phase {number} ({name}): {error}") from None
         found.append(Stage(number, name, phase, config, steps, tokens))
         steps, tokens = steps + phase.steps, tokens + found[-1].tokens
+    check_files(found)
     return found
+
+
+def check_files(found: list[Stage]) -> None:
+    """Each phase has checkpoints of its own, by plain names."""
+    taken: dict[str, Stage] = {}
+    for stage in found:
+        for name in stage.files:
+            plain = name == Path(name).name and name.endswith(".pt")
+            require(plain, f"{stage}: checkpoint = {name} is not a file name that ends in .pt")
+            other = taken.setdefault(name, stage)
+            require(other is stage, f"{stage}: checkpoint = {name} is also that of {other}")
 
 
 def check_micro_batch(phase: Phase, micro: int | None) -> None:
