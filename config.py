@@ -3,6 +3,7 @@
 A preset is a function that returns a complete `Run`; the command line overrides fields of it.
 """
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -111,6 +112,12 @@ class ModelConfig:
         return self.n_layers * (attention + ffn) + tables * self.d_model + norms
 
 
+def check_limits(how: "Growth") -> None:
+    for name in ("max_logit_drift", "max_loss_drift"):
+        value = getattr(how, name)
+        require(0 <= value < inf, f"{name} = {value} must be finite and not negative")
+
+
 @dataclass(frozen=True)
 class Upcycle:
     """Every feed-forward becomes `num_experts` copies of itself behind a router."""
@@ -125,6 +132,7 @@ class Upcycle:
     """Largest change of the probe loss allowed, in nats."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         require(self.num_experts >= 1, f"num_experts = {self.num_experts} must be at least 1")
         require(
             1 <= self.top_k <= self.num_experts,
@@ -147,6 +155,7 @@ class Widen:
     """Largest change of the probe loss allowed, in nats."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         require(self.factor >= 1, f"factor = {self.factor} must be at least 1")
         require(0 <= self.noise < inf, f"noise = {self.noise} must be finite and not negative")
 
@@ -168,6 +177,7 @@ class Deepen:
     """Largest change of the probe loss allowed, in nats."""
 
     def __post_init__(self) -> None:
+        check_limits(self)
         require(self.extra_layers >= 0, f"extra_layers = {self.extra_layers} is negative")
         require(
             self.where in ("interleaved", "end"),
@@ -235,7 +245,8 @@ class TrainingConfig:
     """How phase 3's model becomes phase 4's."""
 
     micro_batch_size: int | None = None
-    """Sequences at a time; gradients add up to the whole batch. None: the batch at once."""
+    """Sequences at a time, gradients added up; a mixture's balance loss is then that of each micro-
+    batch, which is not quite that of the whole. None: the batch at once."""
     weight_decay: float = 0.01
     """Decoupled, on matrices and embeddings; gains of norms are left alone."""
     grad_clip: float = 1.0
@@ -260,6 +271,8 @@ class TrainingConfig:
     """Held-out tokens per evaluation."""
     probe_sequences: int = 8
     """Sequences in the frozen batch that judges each growth."""
+    checkpoint_every: str = "5min"
+    """How often to keep where the run stands, within a phase: minutes, or a number of steps."""
     sample_tokens: int = 80
     """Length of the stories written at the end of each phase; 0 writes none."""
 
@@ -288,6 +301,11 @@ class TrainingConfig:
         require(
             0 < self.grad_clip < inf,
             f"training.grad_clip = {self.grad_clip} must be positive and finite",
+        )
+        require(
+            re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every) is not None,
+            f"training.checkpoint_every = {self.checkpoint_every!r} is neither a number of steps "
+            "(200) nor of minutes (5min)",
         )
         micro = self.micro_batch_size
         require(
@@ -377,12 +395,17 @@ class Run:
     """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the training step; weights and optimizer are float32. auto: bf16 autocast on CUDA."""
+    resume: bool = False
+    """Go on exactly where the run in `out` stopped."""
     overwrite: bool = False
     """Replace what an earlier run left in `out`."""
     dry_run: bool = False
     """Prepare the data, print what would run, phase by phase, and stop."""
 
     def __post_init__(self) -> None:
+        require(
+            not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
+        )
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
         default = TrainingConfig()
         changed = [
@@ -393,7 +416,7 @@ class Run:
         require(
             not (self.phases and changed),
             f"phases is set ({', '.join(self.phases)}), so training.{', training.'.join(changed)} "
-            f"would have no effect: set the fields of the phases instead",
+            "would have no effect: set the fields of the phases, or start from TrainingConfig()",
         )
 
     @property

@@ -8,151 +8,158 @@ it before and after, and the run stops where its function moved. One loop trains
 
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Phase, Run, TrainingConfig
+from config import Growth, Phase, Run, TrainingConfig
 from models import SLM, next_token_loss
 from transfer import GrowthError, State, grow
-from utils.cli import RunStopped, parse, run_command
-from utils.data import batch, check_length, prepare, windows
-from utils.device import autocast, choose_device, reset_peak_memory, training_dtype
-from utils.header import header, progress, summary
-from utils.history import History, read
+from utils.cli import parse, run_command
+from utils.data import batch, check_length, prepare
+from utils.device import autocast, choose_device, reset_peak_memory
+from utils.errors import RunStopped
+from utils.header import header, summary
+from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
-from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import rest, wake
-from utils.output import HISTORY, PLOT, check_folder, open_folder
+from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
-from utils.schedule import Stage, stages
-
-EVAL_SEQUENCES = 8
-
-Note = Callable[..., None]
-"""Writes a line to the history, with the phase filled in."""
+from utils.reporter import Reporter
+from utils.resume import Keeper, Place, forget, identity, resumed
+from utils.schedule import Stage, check_memory, stages
+from utils.signals import Stopped, held
 
 
 def main(run: Run) -> None:
     device = choose_device(run.device)
-    dtype = training_dtype(run.precision, device)
-    stages(run)  # every phase is checked before any work
-    check_folder(run.out, run.overwrite)
+    found = stages(run)  # every phase is checked before any work
+    files = [name for stage in found for name in stage.files]
+    if not run.dry_run:
+        check_folder(run, files)
+        if run.resume and is_finished(run.out):
+            return finish(run.out)
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)
     vocab_size = run.model.vocab_size or corpus.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     found = stages(run)
-    print(header(run, found, corpus, device, dtype))
+    print(header(run, found, corpus, device))
+    check_memory(found, run, device)
+    check_disk(run.out, found)
     if run.dry_run:
-        return
+        return None
 
-    open_folder(run.out, [name for stage in found for name in stage.files])
-    with History(run.out / HISTORY) as history:
-        length, training = run.model.seq_len, run.training
-        probe = windows(corpus.valid, length, training.probe_sequences * (length + 1)).to(device)
-        valid = windows(corpus.valid, length, training.eval_tokens).to(device)
-        lab = Lab(run, found, corpus, device, dtype, probe, valid, history)
-        record_start(lab)
-        torch.manual_seed(run.seed)
-        state = State.of(SLM(run.model).to(device))
-        for stage in found:
-            state = run_phase(state, stage, lab)
-        history("end", tokens=found[-1].first_token + found[-1].tokens)
-    plot([run.out])
-    print(f"\n{summary(read(run.out / HISTORY))}\n\ncurves: {run.out / PLOT}")
+    with claimed(run.out), explained(run.out):
+        who = identity(run, corpus.fingerprint, device)
+        place, state = resumed(run, files, who) or (None, None)
+        with History(run.out / HISTORY, length=place and place.history) as history:
+            lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history))
+            if state is None:
+                record_start(lab)
+                torch.manual_seed(run.seed)
+                state = State.of(SLM(run.model))
+            state = state.to(device)
+            for stage in found[place.phase - 1 if place else 0 :]:
+                with within_memory(stage, run.training.micro_batch_size):
+                    state = run_phase(state, stage, lab, place)
+                place = None
+            history("end", tokens=found[-1].tokens_at(found[-1].phase.steps))
+        finish(run.out)
 
 
-def run_phase(state: State, stage: Stage, lab: Lab) -> State:
-    """Grows the model as the phase says, trains it, and leaves a checkpoint and samples."""
-    note = partial(lab.history, phase=stage.number, phase_name=stage.name)
+def finish(out: Path) -> None:
+    plot([out])
+    forget(out)
+    print(f"\n{summary(read(out / HISTORY))}\n\ncurves: {out / PLOT}")
+
+
+def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> State:
+    """Grows the model as the phase says, trains it, and leaves a checkpoint and samples. With a
+    `place` the phase had begun before, and goes on there."""
     reset_peak_memory(lab.device)
-    started = time.perf_counter()
-    if stage.phase.grow is not None:
-        state = grown(state, stage, lab, note)
-    state, last = train(state, stage, lab, note)
+    if place is None:
+        since = lab.history.now()
+        if stage.phase.grow is not None:
+            state = grown(state, stage.phase.grow, stage, lab)
+        place = Place.first(stage.number, lab.history, since)
+    state, last = train(state, stage, lab, place)
     stories = samples(state, lab)
     save_model(state, stage, lab, stage.checkpoint, trained=True)
-    note(
+    lab.note(
+        stage,
         "checkpoint",
         path=stage.checkpoint,
         trained=True,
         params=stage.config.num_params,
         active_params=stage.config.num_active_params,
         phase_tokens=stage.tokens,
-        phase_s=time.perf_counter() - started,
+        phase_s=lab.history.now() - place.since,
         samples=stories,
         **last,
     )
-    tqdm.write("\n".join(f"  > {text}" for text in stories))
+    tqdm.write("\n".join(f"  > {' '.join(text.split())}" for text in stories))
     return state
 
 
-def grown(state: State, stage: Stage, lab: Lab, note: Note) -> State:
+def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     """The phase's model, made of the last one's. Raises RunStopped where the function moved."""
-    how, old_params = stage.phase.grow, state.config.num_params
-    assert how is not None
-    started = time.perf_counter()
+    began, old_params = lab.history.now(), state.config.num_params
+    error = None
     try:
         state, drift = grow(state, how, lab.probe, lab.run.seed + stage.number, consume=True)
-    except GrowthError as error:
-        raise RunStopped(f"{stage}: {error}; the model from before it is kept") from error
-    note(
+    except GrowthError as broken:
+        error, drift = broken, broken.drift
+    lab.note(
+        stage,
         "grow",
         how=type(how).__name__,
+        kept=error is None,
         tokens=stage.first_token,
         params_before=old_params,
-        params_after=state.config.num_params,
-        growth_s=time.perf_counter() - started,
-        **asdict(drift),
+        params_after=stage.config.num_params,
+        growth_s=lab.history.now() - began,
+        **drift.finite(),
     )
-    tqdm.write(
-        f"{stage}: {type(how).__name__} kept the loss at {drift.loss_after:.6f} (moved by "
-        f"{drift.loss_drift:.1e}), logits within {drift.max_logit_diff:.1e}"
-    )
-    if stage.phase.init_checkpoint:
-        save_model(state, stage, lab, stage.phase.init_checkpoint, trained=False)
-        note("checkpoint", path=stage.phase.init_checkpoint, trained=False)
+    if error is not None:
+        raise RunStopped(f"{stage}: {error}") from error
+    tqdm.write(f"{stage}: {type(how).__name__} kept the function: {drift}")
+    if name := stage.phase.init_checkpoint:
+        save_model(state, stage, lab, name, trained=False)
+        lab.note(stage, "checkpoint", path=name, trained=False)
     return state
 
 
-def train(state: State, stage: Stage, lab: Lab, note: Note) -> tuple[State, dict[str, float]]:
-    """One phase of training: the State it ends in, and the last measurements."""
-    settings, phase = lab.run.training, stage.phase
+def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, dict[str, float]]:
+    """One phase of training, on from `place`: the State it ends in, and the last measurements."""
+    phase, settings = stage.phase, lab.run.training
     model, optimizer = wake(state, settings)
-    meter = Meter(lab.device, phase.batch_size * stage.config.seq_len)
-    forecast = Forecast(lab.stages, lab.device) if stage.number == 1 else None
-    last: dict[str, float] = {}
+    reporter = Reporter(stage, lab, place)
+    stream = batches(stage, lab, place.step)
 
-    def measure(step: int) -> None:
-        with meter.paused():
-            loss, load = evaluate(model, lab)
-        last["valid_loss"] = loss
-        check_finite(last, f"{stage}, step {step}")
-        note("eval", step=step, tokens=stage.tokens_at(step), valid_loss=loss, **load)
-        tqdm.write(progress(stage, step, last))
+    def keep(place: Place) -> None:
+        reporter.meter.check(reporter.where)
+        lab.keeper.keep(place, rest(model, optimizer))
 
-    measure(0)
-    with tqdm(total=phase.steps, desc=str(stage), unit="step", disable=None) as bar:
-        for step, tokens in enumerate(batches(stage, lab), 1):
-            lr = lr_at(step - 1, phase, settings)
-            meter.add(training_step(model, optimizer, tokens, lr, lab))
-            bar.update()
-            if step % settings.log_every == 0 or step == phase.steps:
-                measured = meter.read(f"{stage}, step {step}")
-                note("step", step=step, tokens=stage.tokens_at(step), lr=lr, **measured)
-                bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
-                last |= measured
-            if step % settings.eval_every == 0 or step == phase.steps:
-                measure(step)
-            if forecast and (line := forecast.after(step)):
-                tqdm.write(line)
-    return rest(model, optimizer), last
+    with reporter.bar:
+        try:
+            while True:
+                if lab.keeper.due(place.step, phase.steps):
+                    keep(place)
+                reporter.report(model)
+                if place.step == phase.steps:
+                    return rest(model, optimizer), reporter.last
+                tokens, lr = next(stream), lr_at(place.step, phase, settings)
+                with held():  # a signal finds the step done or not begun
+                    reporter.trained(training_step(model, optimizer, tokens, lr, lab), lr)
+                    place = reporter.place(place)
+        except Stopped:
+            keep(place)
+            raise
 
 
 def training_step(
@@ -170,6 +177,8 @@ def training_step(
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    # The fused kernel leaves everything as it is where this is 1, so no host has to look first.
+    optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
     optimizer.step()
     optimizer.zero_grad()
     return torch.cat([total, norm[None]])
@@ -192,30 +201,15 @@ def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:
     return phase.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def batches(stage: Stage, lab: Lab) -> Iterator[Tensor]:
-    """The windows (B, T + 1) of each step, a function of the seed and the step in the whole run."""
+def batches(stage: Stage, lab: Lab, done: int) -> Iterator[Tensor]:
+    """The windows (B, T + 1) of each step after the first `done`: what they hold follows from the
+    seed and the step's number in the whole run."""
     config, size = stage.config, stage.phase.batch_size
-    for step in range(stage.first_step, stage.first_step + stage.phase.steps):
+    for step in range(stage.first_step + done, stage.first_step + stage.phase.steps):
         tokens = batch(lab.corpus.train, config.seq_len, size, lab.run.seed, step)
         if lab.device.type == "cuda":
             tokens = tokens.pin_memory()
         yield tokens.to(lab.device, non_blocking=True)
-
-
-@torch.no_grad()
-def evaluate(model: SLM, lab: Lab) -> tuple[float, dict[str, list]]:
-    """Loss on the held-out windows, and the share of choices that each layer's experts got."""
-    loss = torch.zeros((), device=lab.device)
-    loads = []
-    for rows in lab.valid.split(EVAL_SEQUENCES):
-        share = len(rows) / len(lab.valid)
-        with autocast(lab.device, lab.dtype):
-            out = model(rows[:, :-1])
-            loss += share * next_token_loss(out.logits, rows)
-        if out.routing:
-            loads.append(share * torch.stack([layer.load_E for layer in out.routing]))
-    load = {"expert_load": torch.stack(loads).sum(0).tolist()} if loads else {}
-    return loss.item(), load
 
 
 if __name__ == "__main__":

@@ -196,11 +196,12 @@ class MLP(nn.Module):
 
 def rotary(length: int, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (T, K) of the rotary angles (2104.09864), halves paired as Llama does."""
-    pair = torch.arange(0, config.head_dim, 2, device=like.device, dtype=like.dtype)
-    speed = config.rope_theta ** (-pair / config.head_dim)
-    angle_TK = torch.outer(torch.arange(length, device=like.device, dtype=like.dtype), speed)
+    exact = torch.promote_types(like.dtype, torch.float32)  # bf16 cannot count to a context's end
+    place_T = torch.arange(length, device=like.device, dtype=exact)
+    pair = torch.arange(0, config.head_dim, 2, device=like.device, dtype=exact)
+    angle_TK = torch.outer(place_T, config.rope_theta ** (-pair / config.head_dim))
     angle_TK = torch.cat([angle_TK, angle_TK], -1)
-    return lowered(angle_TK.cos()), lowered(angle_TK.sin())
+    return lowered(angle_TK.cos().to(like.dtype)), lowered(angle_TK.sin().to(like.dtype))
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from config import Deepen, InputError, TrainingConfig, Upcycle, Widen
 from models import SLM
 from transfer import State
-from utils.checkpoint import FORMAT, Checkpoint, load, save
+from utils.checkpoint import SCHEMA, Checkpoint, load, save
 from utils.optimizer import rest, wake
 
 resource = pytest.importorskip("resource")
@@ -48,9 +48,9 @@ FOREIGN = {
     "a whole module": as_file(SLM(DENSE)),
     "weights alone": as_file(SLM(DENSE).state_dict()),
     "a format of another program": as_file({"model": {}, "format": "pt"}),
-    "another format": as_file({"format": FORMAT + 1, "config": {}}),
-    "nothing but the format": as_file({"format": FORMAT}),
-    "fields of another program": as_file({"format": FORMAT, "config": {"n_embd": 3}}),
+    "another format": as_file({"schema": SCHEMA + 1, "config": {}}),
+    "nothing but the format": as_file({"schema": SCHEMA}),
+    "fields of another program": as_file({"schema": SCHEMA, "config": {"n_embd": 3}}),
 }
 
 
@@ -86,7 +86,7 @@ def test_what_was_left_out_is_still_left_out(tmp_path):
 def test_torch_alone_reads_the_file_without_running_code(tmp_path):
     save(tmp_path / "a.pt", checkpoint(growth=GROWTH))
     content = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert content["config"]["d_model"] == DENSE.d_model and content["format"] == FORMAT
+    assert content["config"]["d_model"] == DENSE.d_model and content["schema"] == SCHEMA
     assert content["growth"][1] == {"how": "Widen", **vars(GROWTH[1])}
     SLM(DENSE).load_state_dict(content["weights"])
 

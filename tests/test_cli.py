@@ -8,9 +8,10 @@ import pytest
 
 from config import PRESETS, Deepen, InputError, Phase, Run, Widen, full, tiny
 from train import main
-from transfer import GrowthError
-from utils.cli import RunStopped, parse, run_command
+from utils.cli import parse, run_command
+from utils.errors import RunStopped
 from utils.history import History
+from utils.signals import Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,8 +99,8 @@ def test_what_cannot_be_run_is_named_on_stderr_with_exit_code_2(args, says, caps
     [
         (InputError("seed = x"), 2, "error: seed = x\n"),
         (RunStopped("phase 1, step 3"), 1, "stopped: phase 1, step 3\n"),
-        (GrowthError("a logit moved"), 1, "stopped: a logit moved\n"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; the checkpoints written so far are whole\n"),
+        (Stopped(2), 130, "stopped by SIGINT; run the same command again\n"),
+        (Stopped(15), 143, "stopped by SIGTERM; run the same command again\n"),
     ],
 )
 def test_each_end_has_its_exit_code_and_one_line(error, code, says, capsys):

@@ -22,6 +22,8 @@ def other(value):
     """Another valid value of the same field."""
     if is_dataclass(value):
         return replace(value, max_logit_drift=7.0)
+    if isinstance(value, str):
+        return "7"
     return value + 1 if isinstance(value, int) else value / 2 if value else 1
 
 

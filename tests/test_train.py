@@ -16,7 +16,8 @@ from config import Deepen, InputError, Phase, TrainingConfig, Upcycle, Widen, ti
 from train import main
 from transfer.verify_growth_mechanics import compare_checkpoints
 from utils.checkpoint import load
-from utils.cli import RunStopped, run_command
+from utils.cli import run_command
+from utils.errors import RunStopped
 from utils.history import read, select
 from utils.lab import PROMPTS
 

@@ -5,20 +5,21 @@ A model is judged by its logits on a frozen probe batch, in its own precision wi
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Growth
+from config import Growth, Widen
 from models import SLM
 from transfer.growth import plan_for
 from transfer.plan import Fresh, Plan, Row, State, Tile, carry_out
 
 FLIPS_ALLOWED = 1e-3
-"""Share of probe tokens whose routing a rounding tie may flip."""
+"""Share of probe tokens, but at least one, whose routing a rounding tie may flip."""
 STRUCTURE_ALLOWED = 1e-5
 """Relative: the copies of an input sum up to the old weight but for float32's rounding."""
 ROUTER_ALLOWED = 0.3
@@ -26,7 +27,12 @@ ROUTER_ALLOWED = 0.3
 
 
 class GrowthError(RuntimeError):
-    """Growing moved the model further than it may. The message names what moved, and how far."""
+    """Growing moved the model further than it may. The message names what moved, and how far;
+    `drift` holds all that was measured."""
+
+    def __init__(self, message: str, drift: "Drift"):
+        super().__init__(message)
+        self.drift = drift
 
 
 class View(NamedTuple):
@@ -91,6 +97,18 @@ class Drift:
     """Smallest share of the choices that an expert gets on the probe; 1 / experts is fair."""
     load_max: float | None = None
 
+    def __str__(self) -> str:
+        starved = "; an expert gets no token of the probe" if self.load_min == 0 else ""
+        return (
+            f"loss {self.loss_after:.6f} (moved by {self.loss_drift:.1e}), "
+            f"logits within {self.max_logit_diff:.1e}{starved}"
+        )
+
+    def finite(self) -> dict[str, float | None]:
+        """What was measured, but None for what is not a number, which JSON cannot say."""
+        values = asdict(self)
+        return {name: v if v is None or isfinite(v) else None for name, v in values.items()}
+
 
 def compare(before: View, after: View, layers: list[int | None]) -> Drift:
     """`layers` gives the old block that each block of the new model is, None for a new one."""
@@ -112,7 +130,7 @@ def compare(before: View, after: View, layers: list[int | None]) -> Drift:
     return Drift(
         loss_before=loss_before,
         loss_after=loss_after,
-        loss_drift=(after.loss_BT - before.loss_BT).double().mean().item(),
+        loss_drift=widest(after.loss_BT - before.loss_BT).mean().item(),
         max_logit_diff=torch.stack(diff).max().item(),
         kl=torch.stack(kl).sum().item() / tokens,
         top1_changed=torch.stack(top1).sum().item() / tokens,
@@ -121,9 +139,14 @@ def compare(before: View, after: View, layers: list[int | None]) -> Drift:
     )
 
 
+def widest(x: Tensor) -> Tensor:
+    """In float64, but on MPS, which has none."""
+    return x if x.device.type == "mps" else x.double()
+
+
 def divergence(old_TV: Tensor, new_TV: Tensor) -> Tensor:
-    """Sum over tokens of KL(old || new), in float64: float32 rounds it below zero."""
-    old, new = (logits.double().log_softmax(-1) for logits in (old_TV, new_TV))
+    """Sum over tokens of KL(old || new). Float32 may round it below zero."""
+    old, new = (widest(logits).log_softmax(-1) for logits in (old_TV, new_TV))
     return (old.exp() * (old - new)).sum()
 
 
@@ -187,7 +210,9 @@ def grow(
         drift = replace(drift, load_min=load.min().item(), load_max=load.max().item())
     if broken := broken_laws(drift, how):
         worst = f"the weight furthest from its source is {structure.worst()[0]}"
-        raise GrowthError(f"{type(how).__name__} changed the model: {'; '.join(broken)}; {worst}")
+        raise GrowthError(
+            f"{type(how).__name__} changed the model: {'; '.join(broken)}; {worst}", drift
+        )
     return new, drift
 
 
@@ -196,9 +221,9 @@ def broken_laws(drift: Drift, how: Growth) -> list[str]:
     limits = {
         "a logit moved by {:.3g}": (drift.max_logit_diff, how.max_logit_drift),
         "the loss moved by {:.3g}": (abs(drift.loss_drift), how.max_loss_drift),
-        "a share of {:.3g} of the tokens is routed elsewhere": (
-            drift.flipped / drift.probe_tokens,
-            FLIPS_ALLOWED,
+        "the routing of {:.0f} probe tokens changed": (
+            drift.flipped,
+            max(1, FLIPS_ALLOWED * drift.probe_tokens),
         ),
     }
     if drift.structure_error is not None:
@@ -207,11 +232,14 @@ def broken_laws(drift: Drift, how: Growth) -> list[str]:
     if drift.router_std is not None:
         off = abs(drift.router_std - 1)
         limits["a router's spread is off Xavier's by {:.3g}"] = (off, ROUTER_ALLOWED)
-    return [
+    broken = [
         f"{what.format(value)} (allowed: {limit:g})"
         for what, (value, limit) in limits.items()
         if not value <= limit
     ]
+    if isinstance(how, Widen) and how.noise and how.factor > 1 and drift.twin_distance == 0:
+        broken.append("the copies are alike in spite of the noise")
+    return broken
 
 
 def block_map(plan: Plan) -> list[int | None]:

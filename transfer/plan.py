@@ -34,6 +34,13 @@ class State:
     def of(cls, model: SLM) -> "State":
         return cls(model.config, {name: p.detach() for name, p in model.named_parameters()})
 
+    def to(self, device: torch.device) -> "State":
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+        adam = {name: moved(moments) for name, moments in self.adam.items()}
+        return State(self.config, moved(self.weights), adam)
+
     def model(self) -> SLM:
         """An SLM around these very tensors. Raises RuntimeError for a missing or misshapen one."""
         with torch.device("meta"):

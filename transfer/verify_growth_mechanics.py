@@ -114,7 +114,8 @@ def prove(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[
         }
         for law in ("gradients", "moments"):
             if not measured[law] <= limit:
-                raise GrowthError(f"{how}: {law} off by {measured[law]:.3g} (allowed: {limit:g})")
+                off = f"{law} off by {measured[law]:.3g} (allowed: {limit:g})"
+                raise GrowthError(f"{how}: {off}", drift)
         steps.append(measured)
         state = new
     return [f"{max(step[law] for step in steps):.1e}" for law in MEASURES]

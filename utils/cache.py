@@ -6,30 +6,37 @@ import os
 import shutil
 import socket
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from config import InputError
+from utils.files import sync_folder
 
-SIZES = "sizes.json"
-"""Written last: the size of every other file in the folder."""
+MANIFEST = "manifest.json"
+"""Written last: what the folder stands for, and the mark of every other file."""
 PART = ".part"
+BLOCK = 1 << 20
 
 
-def folder(cache: Path, identity: list, build: Callable[[Path], None]) -> Path:
+def folder(
+    cache: Path, identity: list, build: Callable[[Path], None], say: Callable[[str], None]
+) -> Path:
     """The folder that `identity` (plain values) stands for; `build` fills it if need be."""
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = cache.expanduser() / key
-    if is_whole(path):
+    path = expanded(cache) / key
+    if not (bad := damage(path, identity)):
         return path
+    if os.path.lexists(path):
+        say(f"data.cache: {path / bad} is damaged; the text is tokenized anew")
     part = start(path)
     try:
         build(part)
-        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
-        (part / SIZES).write_text(json.dumps(sizes))
-        if not is_whole(path):  # another process may have been as quick
-            shutil.rmtree(path, ignore_errors=True)
+        seal(part, identity)
+        if damage(path, identity):  # another process may have been as quick
+            remove(path)
             part.rename(path)
+            sync_folder(path.parent)
     except OSError as error:
         raise unwritable(cache, error) from error
     finally:
@@ -37,12 +44,52 @@ def folder(cache: Path, identity: list, build: Callable[[Path], None]) -> Path:
     return path
 
 
-def is_whole(path: Path) -> bool:
+def expanded(cache: Path) -> Path:
     try:
-        sizes = json.loads((path / SIZES).read_text())
-        return bool(sizes) and all((path / n).stat().st_size == size for n, size in sizes.items())
-    except (OSError, ValueError):
-        return False
+        return cache.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"data.cache = {cache}: {error}") from error
+
+
+def damage(path: Path, identity: list) -> str:
+    """The first file that is not as it was written; empty where all are."""
+    name = MANIFEST
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["identity"] != json.loads(json.dumps(identity)):
+            return name
+        for name, written in manifest["files"].items():  # it is read after the loop
+            if mark(path / name) != written:
+                return name
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return name
+    return ""
+
+
+def mark(path: Path) -> list[int]:
+    """Size and checksum."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+        return [file.tell(), crc]
+
+
+def seal(part: Path, identity: list) -> None:
+    """Writes down how the files are, and leaves all of it on the disk."""
+    files = {file.name: mark(file) for file in sorted(part.iterdir())}
+    (part / MANIFEST).write_text(json.dumps({"identity": identity, "files": files}))
+    for path in part.iterdir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    sync_folder(part)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def start(path: Path) -> Path:
@@ -71,4 +118,7 @@ def is_dead(pid: str) -> bool:
 
 
 def unwritable(cache: Path, error: OSError) -> InputError:
-    return InputError(f"data.cache = {cache}: cannot be written ({error.strerror or error})")
+    reason = error.strerror or error
+    return InputError(
+        f"data.cache = {cache}: cannot be written ({reason}); --data.cache FOLDER goes elsewhere"
+    )

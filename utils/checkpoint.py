@@ -1,6 +1,5 @@
 """Checkpoints: weights and plain values in one `.pt` file that loads with `weights_only=True`."""
 
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -9,8 +8,10 @@ from torch import Tensor
 
 from config import Deepen, Growth, InputError, ModelConfig, Upcycle, Widen, require
 from transfer import State
+from transfer.plan import shapes
+from utils.files import load_tensors, save_tensors
 
-FORMAT = 1
+SCHEMA = 1
 OPERATORS = {how.__name__: how for how in (Upcycle, Widen, Deepen)}
 
 
@@ -39,40 +40,44 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Whole or not at all: written beside its place, flushed to the disk, then moved there."""
+    """Raises OSError where it cannot be written; the file that was there is then still there."""
     content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
     content |= {
-        "format": FORMAT,
+        "schema": SCHEMA,
         "config": asdict(checkpoint.config),
-        "weights": {name: weight.cpu() for name, weight in checkpoint.weights.items()},
+        "weights": on_cpu(checkpoint.weights),
         "growth": [{"how": type(how).__name__, **asdict(how)} for how in checkpoint.growth],
         "probe": None if checkpoint.probe is None else checkpoint.probe.cpu(),
     }
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    save_tensors(path, content)
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def load(path: Path) -> Checkpoint:
-    """On the CPU. Raises InputError for a file that is missing, damaged or no checkpoint."""
-    require(path.is_file(), f"{path}: there is no such checkpoint")
+    """On the CPU. Raises InputError for a file that is missing, damaged or no checkpoint, and for
+    weights that are not all there, of another shape or not finite."""
+    content = load_tensors(path)
+    schema = content.pop("schema", None)
+    require(schema == SCHEMA, f"{path} is no checkpoint of schema {SCHEMA} (schema = {schema})")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return unpack(content)
-    except Exception as error:  # what is wrong with a file shows in any place, as any error
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{path} is damaged or no checkpoint ({what})") from error
+        content["config"] = ModelConfig(**content["config"])
+        content["growth"] = tuple(OPERATORS[how.pop("how")](**how) for how in content["growth"])
+        checkpoint = Checkpoint(**content)
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{path} is no checkpoint of this program ({error})") from error
+    check_weights(path, checkpoint.config, checkpoint.weights)
+    return checkpoint
 
 
-def unpack(content: dict) -> Checkpoint:
-    found = content.pop("format")
-    require(found == FORMAT, f"its format is {found}, not {FORMAT}")
-    content["config"] = ModelConfig(**content["config"])
-    content["growth"] = tuple(OPERATORS[how.pop("how")](**how) for how in content["growth"])
-    return Checkpoint(**content)
+def check_weights(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raises InputError, naming the parameter, unless `weights` are those of such a model."""
+    wanted = shapes(config)
+    for name in wanted.keys() | weights.keys():
+        require(name in weights, f"{path}: {name} is missing")
+        require(name in wanted, f"{path}: {name} is no parameter of this model")
+        shape, want = tuple(weights[name].shape), tuple(wanted[name])
+        require(shape == want, f"{path}: {name} is {shape}, not {want}")
+        require(bool(torch.isfinite(weights[name]).all()), f"{path}: {name} is not finite")

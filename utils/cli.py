@@ -8,26 +8,24 @@ from contextlib import redirect_stderr
 from difflib import get_close_matches
 
 from config import PRESETS, InputError, Run
-from transfer import GrowthError
+from utils.errors import RunStopped
+from utils.signals import Stopped, stoppable
 
-INPUT_ERROR, RUN_STOPPED, INTERRUPTED = 2, 1, 130
-
-
-class RunStopped(RuntimeError):
-    """A run cannot go on. The message says where it stood and what is left of it."""
+INPUT_ERROR, RUN_STOPPED = 2, 1
 
 
 def run_command(command: Callable[[], None]) -> None:
     """Runs `command` and exits: 0, or one line on stderr and 2 for bad input, 1 for a run that had
-    to stop, 130 for Ctrl-C."""
+    to stop, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        command()
+        with stoppable():
+            command()
     except InputError as error:
         leave(f"error: {error}", INPUT_ERROR)
-    except (GrowthError, RunStopped) as error:
+    except RunStopped as error:
         leave(f"stopped: {error}", RUN_STOPPED)
-    except KeyboardInterrupt:
-        leave("stopped by Ctrl-C; the checkpoints written so far are whole", INTERRUPTED)
+    except Stopped as stop:
+        leave(str(stop), stop.exit_code)
 
 
 def leave(message: str, code: int) -> None:
@@ -62,7 +60,8 @@ def parse(args: list[str]) -> Run:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(unframed(said.getvalue())) from None
+        first = "; the preset comes first" if PRESETS.keys() & set(fields) else ""
+        raise InputError(unframed(said.getvalue()) + first) from None
 
 
 def unframed(box: str) -> str:

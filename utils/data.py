@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from config import DataConfig, require
 from utils import cache, hub, sources, tokens
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same text would become other files."""
 
 
@@ -37,17 +37,17 @@ class Corpus:
 def prepare(config: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Corpus:
     """`vocab_size` is what the model has room for, and what a learned tokenizer learns; 0: any."""
     if config.source != "auto":
-        return prepare_source(config, vocab_size)
+        return prepare_source(config, vocab_size, say)
     try:
-        return prepare_source(replace(config, source="tinystories"), vocab_size)
+        return prepare_source(replace(config, source="tinystories"), vocab_size, say)
     except hub.Unreachable as error:
         say(f"WARNING: no TinyStories. {error}")
         say("Going on with the BUILT-IN stories; --data.source takes a text file or folder.")
-    corpus = prepare_source(replace(config, source="builtin"), vocab_size)
+    corpus = prepare_source(replace(config, source="builtin"), vocab_size, say)
     return replace(corpus, fallback=True)
 
 
-def prepare_source(config: DataConfig, vocab_size: int) -> Corpus:
+def prepare_source(config: DataConfig, vocab_size: int, say: Callable[[str], None]) -> Corpus:
     source = sources.find(config)
     name = tokens.resolve(config)
     identity = [
@@ -57,9 +57,13 @@ def prepare_source(config: DataConfig, vocab_size: int) -> Corpus:
         config.num_stories,
         config.holdout,
     ]
-    folder = cache.folder(
-        config.cache, identity, lambda part: build(part, config, source, name, vocab_size)
-    )
+
+    def fill(part: Path) -> None:
+        build(part, config, source, name, vocab_size)
+        same = sources.find(config).identity == source.identity
+        require(same, f"data.source = {config.source} changed while it was read; run again")
+
+    folder = cache.folder(config.cache, identity, fill, say)
     corpus = open_corpus(folder, config.source)
     check_room(config, corpus.vocab_size, vocab_size)
     return corpus
@@ -87,7 +91,7 @@ def build(
     tokenizer, eos = tokens.load(name, vocab_size, text)
     size = tokens.size(tokenizer)
     check_room(config, size, vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     train, valid = folder / "train.bin", folder / "valid.bin"
     tokens.write(pieces(), tokenizer, eos, dtype, train, valid)

@@ -1,5 +1,6 @@
 """The device and the precision of a run."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -54,3 +55,12 @@ def peak_memory_gb(device: torch.device) -> float | None:
 def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def total_memory_gb(device: torch.device) -> float | None:
+    """Memory of the GPU, or of the machine; None where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return None

@@ -4,22 +4,24 @@ import torch
 
 from config import Run
 from utils.data import Corpus
-from utils.device import device_name
+from utils.device import device_name, training_dtype
 from utils.schedule import Stage, memory_gb
 
 LONG_S = 3600.0
+SPIKE = 0.02
+"""Nats above the loss at a transition that are worth a word."""
 
 Rows = list[tuple[str, ...]]
 
 
-def header(
-    run: Run, found: list[Stage], corpus: Corpus, device: torch.device, dtype: torch.dtype
-) -> str:
+def header(run: Run, found: list[Stage], corpus: Corpus, device: torch.device) -> str:
     """One line per phase: what is trained, on how much, and the memory it is expected to need."""
     tokens = f"{short(len(corpus.train))} training and {short(len(corpus.valid))} held-out tokens"
+    name = "BUILT-IN STORIES (no hub)" if corpus.fallback else corpus.name
+    dtype = training_dtype(run.precision, device)
     precision = "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
     lines = [
-        f"data    {corpus.name}, {tokens}, vocabulary {corpus.vocab_size:,}",
+        f"data    {name}, {tokens}, vocabulary {corpus.vocab_size:,}",
         f"device  {device_name(device)}, {precision}",
         f"output  {run.out}, seed {run.seed}",
         "",
@@ -75,10 +77,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def progress(stage: Stage, step: int, last: dict[str, float]) -> str:
+def progress(stage: Stage, step: int, last: dict[str, float], above_growth: float | None) -> str:
     parts = [f"{stage} step {step}/{stage.phase.steps}", f"valid {last['valid_loss']:.3f}"]
     if "loss" in last:
         parts += [f"train {last['loss']:.3f}", f"{short(last['tokens_per_s'])} tokens/s"]
+    if above_growth is not None and above_growth > SPIKE:
+        parts.append(f"({above_growth:.3f} above what it was at the transition)")
     return "  ".join(parts)
 
 

@@ -11,6 +11,9 @@ import numpy as np
 
 from config import InputError, require
 
+HISTORY = "training_history.jsonl"
+PLOT = "training_curves.png"
+
 
 class History:
     """Appends a line per event. `wall_s` goes on from the last line of a file that already exists.
@@ -18,18 +21,39 @@ class History:
     A line counts once its newline is written: what a killed run left after the last one is dropped.
     """
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.perf_counter,
+        length: int | None = None,
+    ) -> None:
+        """Goes on after the first `length` bytes; None: after all that is there."""
+        if length is not None:
+            os.truncate(path, length)
         earlier = read(path) if path.exists() else []
         self.clock = clock
         self.start = clock() - (earlier[-1]["wall_s"] if earlier else 0.0)
+        self.path = path
         self.file = path.open("ab")
         self.file.truncate(_whole_lines(path))
 
     def __call__(self, event: str, **values: object) -> None:
-        line = {"event": event, "wall_s": self.clock() - self.start, **values}
+        line = {"event": event, "wall_s": self.now(), **values}
         body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
         self.file.write(f"{{{body}}}\n".encode())
         self.file.flush()
+
+    def now(self) -> float:
+        """Seconds that the run has taken so far."""
+        return self.clock() - self.start
+
+    def size(self) -> int:
+        """Bytes so far."""
+        return self.file.tell()
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.file.close()

@@ -9,11 +9,12 @@ from torch import Tensor
 from config import Run
 from transfer import State
 from utils.checkpoint import Checkpoint, save
-from utils.data import Corpus
-from utils.device import autocast, device_name
+from utils.data import Corpus, windows
+from utils.device import autocast, device_name, training_dtype
 from utils.generate import story
 from utils.history import History
 from utils.output import versions
+from utils.resume import Keeper
 from utils.schedule import Stage
 
 PROMPTS = ("Once upon a time", "One day", "It was a")
@@ -32,6 +33,29 @@ class Lab:
     valid: Tensor
     """Held-out windows (N, T + 1)."""
     history: History
+    keeper: Keeper
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        stages: list[Stage],
+        corpus: Corpus,
+        device: torch.device,
+        history: History,
+        keeper: Keeper,
+    ) -> "Lab":
+        length, training = run.model.seq_len, run.training
+        probe = windows(corpus.valid, length, training.probe_sequences * (length + 1))
+        valid = windows(corpus.valid, length, training.eval_tokens)
+        dtype = training_dtype(run.precision, device)
+        return cls(
+            run, stages, corpus, device, dtype, probe.to(device), valid.to(device), history, keeper
+        )
+
+    def note(self, stage: Stage, event: str, **values: object) -> None:
+        """A line in the history about a phase."""
+        self.history(event, phase=stage.number, phase_name=stage.name, **values)
 
 
 def record_start(lab: Lab) -> None:

@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.cli import RunStopped
 from utils.device import peak_memory_gb, wait_for
+from utils.errors import RunStopped
 from utils.header import estimate
 from utils.schedule import Stage
 
@@ -17,27 +18,44 @@ MEASURES: tuple[str, ...] = ("loss", "balance_loss", "z_loss", "grad_norm")
 TIMED_STEPS = 3
 
 
+class Reading(NamedTuple):
+    sums: Tensor
+    """Of each of MEASURES, on the device."""
+    steps: int
+    seconds: float
+
+    @classmethod
+    def nothing(cls) -> "Reading":
+        return cls(torch.zeros(len(MEASURES)), 0, 0.0)
+
+
 class Meter:
     """Means of MEASURES, and the speed, since the last reading. Only that waits for the device."""
 
-    def __init__(self, device: torch.device, tokens_per_step: int):
+    def __init__(self, device: torch.device, tokens_per_step: int, reading: Reading):
+        """Goes on from `reading`."""
         self.device, self.tokens_per_step = device, tokens_per_step
-        self.restart()
+        self.sums, self.steps = reading.sums.to(device), reading.steps
+        self.started = time.perf_counter() - reading.seconds
+
+    def check(self, where: str) -> None:
+        """Raises RunStopped, saying `where`, when a measure is no longer finite."""
+        check_finite(dict(zip(MEASURES, self.sums.tolist(), strict=True)), where)
+
+    def reading(self) -> Reading:
+        """What it has added up so far, to go on from there."""
+        return Reading(self.sums, self.steps, time.perf_counter() - self.started)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens meanwhile does not count as training time."""
+        wait_for(self.device)
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
-    def restart(self) -> None:
-        self.sums = torch.zeros(len(MEASURES), device=self.device)
-        self.steps = 0
-        self.started = time.perf_counter()
-
     def add(self, measures: Tensor) -> None:
-        self.sums += measures
+        self.sums = self.sums + measures
         self.steps += 1
 
     def read(self, where: str) -> dict[str, float]:
@@ -49,7 +67,8 @@ class Meter:
         values["tokens_per_s"] = self.steps * self.tokens_per_step / seconds
         if (peak := peak_memory_gb(self.device)) is not None:
             values["peak_memory_gb"] = peak
-        self.restart()
+        self.sums, self.steps = torch.zeros_like(self.sums), 0
+        self.started = time.perf_counter()
         return values
 
 

@@ -1,48 +1,121 @@
 """The folder that a run writes, and what it says there about where it ran."""
 
+import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
+import tokenizers
 import torch
+from filelock import FileLock, Timeout
 
-from config import InputError
-from utils.history import read
+from config import InputError, Run, require
+from utils import resume
+from utils.errors import RunStopped
+from utils.history import HISTORY, read
+from utils.schedule import Stage
+from utils.signals import Stopped
 
-HISTORY = "training_history.jsonl"
-PLOT = "training_curves.png"
 
-
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Raises InputError where `out` cannot be a folder or holds a run that must not be lost."""
+def check_folder(run: Run, files: list[str]) -> None:
+    """Raises InputError where `out` cannot be a folder, or holds what must not be lost: a run, or
+    one of the `files` that this one would write."""
+    out = run.out
     for path in (out, *out.absolute().parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"out = {out}: {path} is a file")
-    if overwrite or not (out / HISTORY).exists():
-        return
-    events = read(out / HISTORY)
-    state = "a finished" if events and events[-1]["event"] == "end" else "an unfinished"
-    raise InputError(
-        f"out = {out} holds {state} run: --overwrite replaces it, --out FOLDER goes elsewhere"
-    )
+        if path.exists():
+            require(path.is_dir(), f"out = {out}: {path} is a file")
+            require(os.access(path, os.W_OK | os.X_OK), f"out = {out}: {path} cannot be written")
+            break
+    there = [name for name in (HISTORY, *files) if (out / name).exists()]
+    if there and not (run.overwrite or run.resume):
+        state = "a finished run" if is_finished(out) else "an unfinished run"
+        state = state if HISTORY in there else ", ".join(there)
+        way = "--resume goes on with it, " if state == "an unfinished run" else ""
+        raise InputError(
+            f"out = {out} holds {state}: {way}--overwrite replaces it, --out FOLDER goes elsewhere"
+        )
 
 
-def open_folder(out: Path, files: Iterable[str]) -> None:
-    """Makes the folder; of an earlier run there, removes what this one will write anew."""
+def is_finished(out: Path) -> bool:
+    path = out / HISTORY
+    return path.exists() and any(event["event"] == "end" for event in read(path)[-1:])
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Holds `out` for this process alone; the lock dies with it. Raises InputError where another
+    run holds it, or where it cannot be written."""
+    lock = FileLock(out / resume.FOLDER / "lock")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (HISTORY, PLOT, *files):
-            (out / name).unlink(missing_ok=True)
-        (out / HISTORY).touch()
+        (out / resume.FOLDER).mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"out = {out} is being written by another run") from None
     except OSError as error:
         raise InputError(f"out = {out} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Adds to whatever stops a run how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f"{error}; {way_on(out)}") from error
+    except RunStopped as stop:
+        raise RunStopped(f"{stop}; {way_on(out)}") from stop
+    except Stopped as stop:
+        raise Stopped(stop.number, way_on(out)) from stop
+
+
+@contextmanager
+def within_memory(stage: Stage, micro: int | None) -> Iterator[None]:
+    """Says, where the GPU's memory runs out, which setting needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = stage.phase.batch_size
+        raise RunStopped(
+            f"{stage}: out of GPU memory with {min(micro or size, size)} of its batch of {size} "
+            "sequences at a time; a smaller --training.micro-batch-size needs less"
+        ) from error
+
+
+def way_on(out: Path) -> str:
+    kept = resume.points(out)
+    if not kept:
+        return "nothing was kept yet: run the same command with --overwrite"
+    return f"{kept[-1]} is kept: the same command with --resume goes on from there"
+
+
+def check_disk(out: Path, found: list[Stage]) -> None:
+    """Raises InputError unless the checkpoints to come fit, with the points for a resumption."""
+    weights = sum(4 * stage.config.num_params * len(stage.files) for stage in found)
+    # The two that are kept and the one that is being written: weights and both moments.
+    points = (resume.KEPT + 1) * max(12 * stage.config.num_params for stage in found)
+    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    require(
+        free > weights + points,
+        f"out = {out}: the checkpoints need {(weights + points) / 1e9:.1f} GB of disk, "
+        f"{free / 1e9:.1f} GB are free",
+    )
 
 
 def versions() -> dict[str, str | None]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "tokenizers": tokenizers.__version__,
         "commit": commit(),
     }
 

@@ -6,7 +6,6 @@ One run answers: did the transitions hurt, which phase paid, how far did it get.
 which one got furthest with the same tokens.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from config import InputError, require
-from utils.history import Stretch, curve, header, read, select, stretches
+from utils.files import whole_file
+from utils.history import HISTORY, PLOT, Stretch, curve, header, read, select, stretches
 
 if TYPE_CHECKING:  # matplotlib is slow to import: a run pays for it when it draws, not at its start
     from matplotlib.axes import Axes
@@ -37,22 +37,18 @@ def plot(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     require(len(folders) > 0, "name the folder of at least one run")
     alone = len(folders) == 1
-    target = out or (folders[0] / "training_curves.png" if alone else Path("comparison.png"))
+    target = out or (folders[0] / PLOT if alone else Path("comparison.png"))
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    histories = [read(folder / "training_history.jsonl") for folder in folders]
+    histories = [read(folder / HISTORY) for folder in folders]
     drawing = figure(dict(zip(names, histories, strict=True)))
     kind = target.suffix.lower().lstrip(".")
     kinds = sorted(drawing.canvas.get_supported_filetypes())
     require(kind in kinds, f"{target}: the name must end in one of {', '.join(kinds)}")
     require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        drawing.savefig(draft, format=kind, dpi=160)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with whole_file(target) as file:
+        drawing.savefig(file, format=kind, dpi=160)
     return target
 
 

@@ -7,6 +7,7 @@ import torch
 
 from config import InputError, ModelConfig, Phase, Run, require
 from transfer import plan_for
+from utils.device import total_memory_gb, training_dtype
 
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments, all float32."""
@@ -26,12 +27,16 @@ class Stage:
     """Training tokens before this phase."""
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.phase.batch_size * self.config.seq_len
+
+    @property
     def tokens(self) -> int:
-        return self.phase.steps * self.phase.batch_size * self.config.seq_len
+        return self.phase.steps * self.tokens_per_step
 
     def tokens_at(self, step: int) -> int:
         """Training tokens of the whole run after this many steps of this phase."""
-        return self.first_token + step * self.phase.batch_size * self.config.seq_len
+        return self.first_token + step * self.tokens_per_step
 
     @property
     def checkpoint(self) -> str:
@@ -96,6 +101,19 @@ def flops_per_token(config: ModelConfig) -> int:
     matrices = config.num_active_params - looked_up * config.d_model
     attention = config.n_layers * config.n_heads * config.head_dim * config.seq_len
     return 6 * (matrices + attention)
+
+
+def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
+    """Raises InputError where a phase is expected to need more memory than there is."""
+    there, dtype = total_memory_gb(device), training_dtype(run.precision, device)
+    for stage in found:
+        size, micro = stage.phase.batch_size, run.training.micro_batch_size
+        need = memory_gb(stage.config, min(micro or size, size), dtype)
+        require(
+            there is None or need <= there,
+            f"{stage} needs about {need:.1f} GB, {device} has {there or 0:.1f}: a smaller "
+            f"training.micro_batch_size than {min(micro or size, size)}, or a smaller model",
+        )
 
 
 def memory_gb(config: ModelConfig, sequences: int, dtype: torch.dtype) -> float:

@@ -53,7 +53,11 @@ def find(config: DataConfig) -> Source:
         return from_hub(hub.TINYSTORIES, config.text_field)
     if config.source.startswith("hub:"):
         return from_hub(config.source.removeprefix("hub:"), config.text_field)
-    return from_path(config.source)
+    try:
+        return from_path(config.source)
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"data.source = {config.source}: cannot be read ({reason})") from error
 
 
 def builtin(count: int) -> Source:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from utils.sources import SEPARATOR, Piece
 LEARNED_SIZE = 2048
 LEARN_FROM = 1 << 22
 """Characters; the vocabulary of more text is much the same."""
+PARTS = ("tokenizer.json", "tokenizer_config.json")
 BATCH = 1 << 20
 """Characters that are encoded at a time."""
 
@@ -32,11 +34,18 @@ def identity(name: str, vocab_size: int) -> list:
     """Plain values; the tokenizer is the same as long as they are. No hub is asked."""
     if name == "learned":
         return ["learned", vocab_size or LEARNED_SIZE]
-    if not is_path(name):
-        return ["hub", name, hub.REVISIONS.get(name)]
-    file = Path(name).expanduser() / "tokenizer.json"
-    require(file.is_file(), f"data.tokenizer = {name}: no such folder with a tokenizer.json")
-    return ["folder", hashlib.sha256(file.read_bytes()).hexdigest()]
+    try:
+        if not is_path(name):
+            return ["hub", name, hub.REVISIONS.get(name)]
+        file = Path(name).expanduser() / "tokenizer.json"
+        require(file.is_file(), f"data.tokenizer = {name}: no such folder with a tokenizer.json")
+        return ["folder", *(digest(file.with_name(part)) for part in PARTS)]
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
+        raise InputError(f"data.tokenizer = {name}: cannot be read ({error})") from error
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def is_path(name: str) -> bool:
@@ -49,37 +58,51 @@ def load(name: str, vocab_size: int, text: Callable[[], Iterator[str]]) -> tuple
     """The tokenizer and its end-of-text token. `text` is what a learned one learns from."""
     if name == "learned":
         return learn(text(), vocab_size or LEARNED_SIZE), 0  # special tokens come first
-
-    def file(part: str) -> Path:
-        return Path(name).expanduser() / part if is_path(name) else hub.file(name, part)
-
-    try:
-        tokenizer = Tokenizer.from_file(str(file("tokenizer.json")))
-    except InputError:
-        raise
-    except Exception as error:  # the library raises nothing more particular
-        raise InputError(f"data.tokenizer = {name}: damaged tokenizer.json ({error})") from error
+    path = find(name, "tokenizer.json")
+    with intact(name, path):
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer, end_of_text(name, tokenizer, file)
+    return tokenizer, end_of_text(name, tokenizer)
 
 
-def end_of_text(name: str, tokenizer: Tokenizer, file: Callable[[str], Path]) -> int:
+def find(name: str, part: str) -> Path:
+    return Path(name).expanduser() / part if is_path(name) else hub.file(name, part)
+
+
+@contextmanager
+def intact(name: str, path: Path) -> Iterator[None]:
+    """Names the file where it cannot be read."""
+    try:
+        yield
+    except Exception as error:  # the library raises nothing more particular
+        what = f"data.tokenizer = {name}: {path} is damaged ({hub.brief(error)})"
+        raise InputError(f"{what}; put a whole one in its place, or delete it") from error
+
+
+def end_of_text(name: str, tokenizer: Tokenizer) -> int:
     """The token that ends a story: GPT-2's, else what the tokenizer's own settings say."""
     eos = tokenizer.token_to_id(SEPARATOR)
     if eos is not None:
         return eos
-    try:
-        said = json.loads(file("tokenizer_config.json").read_text()).get("eos_token")
-    except hub.Unreachable:
-        raise
-    except (OSError, ValueError):  # it has no settings
-        said = None
+    said = settings(name).get("eos_token")
     said = said.get("content") if isinstance(said, dict) else said
-    for token in filter(None, (said, "</s>", "<|end_of_text|>")):
-        if (eos := tokenizer.token_to_id(token)) is not None:
+    for token in (said, "</s>", "<|end_of_text|>"):
+        if isinstance(token, str) and (eos := tokenizer.token_to_id(token)) is not None:
             return eos
     raise InputError(f"data.tokenizer = {name} has no token that ends a text, like {SEPARATOR}")
+
+
+def settings(name: str) -> dict:
+    """Empty where the tokenizer comes without."""
+    try:
+        path = find(name, "tokenizer_config.json")
+    except hub.Absent:
+        return {}
+    if not path.exists():
+        return {}
+    with intact(name, path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def learn(text: Iterator[str], vocab_size: int) -> Tokenizer:

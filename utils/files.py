@@ -1,0 +1,100 @@
+"""Files that are whole or not there, and that notice when a bit of them has changed."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from config import InputError, require
+
+MARK = b"growthcrc32:"
+"""Stands at the end of a file, before the checksum of everything in front of it. A zip archive,
+which is what torch saves, may be followed by other bytes."""
+DIGITS = 8
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place only once it is complete and on the disk."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        sync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in it durable, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Checksum:
+    """Passes on what is written, and keeps its checksum and what went wrong: torch says only that
+    something did."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.crc = file, 0
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Plain values and tensors, in a file that `torch.load(path, weights_only=True)` reads too.
+
+    Raises OSError where it cannot be written; the file that was there is then still there.
+    """
+    with whole_file(path) as file:
+        checked = Checksum(file)
+        try:
+            torch.save(content, cast("BinaryIO", checked))
+        except RuntimeError as error:
+            raise (checked.error or error) from error
+        file.write(MARK + b"%0*x" % (DIGITS, checked.crc))
+
+
+def load_tensors(path: Path) -> dict:
+    """On the CPU; nothing in the file is executed. Raises InputError where the file is missing,
+    damaged (a single bit is enough) or something else."""
+    require(path.is_file(), f"{path}: there is no such checkpoint")
+    check(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what another program wrote fails in any way
+        raise InputError(f"{path} is no checkpoint ({type(error).__name__})") from error
+    require(isinstance(content, dict), f"{path} is no checkpoint")
+    return content
+
+
+def check(path: Path) -> None:
+    trailer = len(MARK) + DIGITS
+    left, crc = path.stat().st_size - trailer, 0
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 24))):
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+        sealed = file.read() == MARK + b"%0*x" % (DIGITS, crc)
+    require(sealed, f"{path} is damaged or no checkpoint: its checksum does not match")

@@ -1,0 +1,93 @@
+"""How long to wait for the Hugging Face hub: as long as it sends something."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import Response  # pyright: ignore[reportPrivateImportUsage]
+
+T = TypeVar("T")
+PATIENCE = 6.0
+"""Seconds without a byte after which the hub is given up."""
+GRACE = 3.0
+"""Seconds more for its clients to end by themselves."""
+
+
+def soon(call: Callable[[], T]) -> T:
+    """What `call` returns. Raises OSError once the hub has sent nothing for PATIENCE seconds.
+
+    The thread bounds what no timeout does: name servers, one address after the other.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except Exception as error:  # for the caller
+            result.set_exception(error)
+
+    traffic.start()
+    traffic.listen()
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([result], 0.1).done:
+        if traffic.silence() > PATIENCE + GRACE:
+            raise traffic.complaint()
+    return result.result()
+
+
+class Traffic:
+    """When the hub last sent something, be it slow. What is asked for again counts only as far as
+    there is more of it: a server that breaks off at the same place for ever sends nothing."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.start()
+
+    def start(self) -> None:
+        self.last = time.monotonic()
+        self.trouble = ""
+        self.responses: list[Response] = []
+        self.sizes: dict[tuple[str, str | None], int] = {}
+
+    def listen(self) -> None:
+        from huggingface_hub import get_session
+
+        session = get_session()
+        if self.note not in session.event_hooks["response"]:  # it is a new one at times
+            session.event_hooks["response"].append(self.note)
+            session.event_hooks["request"].append(self.refuse)
+            session.timeout = PATIENCE
+
+    def refuse(self, request: object) -> None:
+        """Ends the clients' tries: a thread that still made them would abort the process's end."""
+        if self.silence() > PATIENCE:
+            raise self.complaint()
+
+    def complaint(self) -> OSError:
+        return OSError(f"nothing for {PATIENCE:.0f} s{self.trouble}")
+
+    def note(self, response: "Response") -> None:
+        if response.status_code < 400:
+            with self.lock:
+                self.responses.append(response)
+        elif response.status_code >= 500:
+            self.trouble = f", it answered {response.status_code}"
+
+    def silence(self) -> float:
+        """In seconds."""
+        self.listen()
+        with self.lock:
+            for response in self.responses:
+                key = response.url.path, response.request.headers.get("range")
+                if response.num_bytes_downloaded > self.sizes.get(key, 0):
+                    self.sizes[key] = response.num_bytes_downloaded
+                    self.last = time.monotonic()
+            self.responses = [response for response in self.responses if not response.is_closed]
+        return time.monotonic() - self.last
+
+
+traffic = Traffic()
+"""The session with the hub is the process's, so there is one of these."""
