@@ -6,6 +6,7 @@ from config import Run
 from utils.data import Corpus
 from utils.device import device_name, training_dtype
 from utils.schedule import Stage, memory_gb
+from utils.units import duration, short
 
 LONG_S = 3600.0
 SPIKE = 0.02
@@ -58,23 +59,8 @@ def table(rows: Rows) -> list[str]:
     return lines
 
 
-def short(number: float) -> str:
-    """Three digits and a unit: 64.3 M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
 def parameters(total: int, active: int) -> str:
     return short(total) if active == total else f"{short(active)} of {short(total)}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def progress(stage: Stage, step: int, last: dict[str, float], above_growth: float | None) -> str:

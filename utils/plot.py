@@ -6,7 +6,6 @@ One run answers: did the transitions hurt, which phase paid, how far did it get.
 which one got furthest with the same tokens.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from config import InputError, require
+from config import require
+from utils.cli import run_command
 from utils.files import whole_file
 from utils.history import HISTORY, PLOT, Stretch, curve, header, read, select, stretches
+from utils.units import duration, short
 
 if TYPE_CHECKING:  # matplotlib is slow to import: a run pays for it when it draws, not at its start
     from matplotlib.axes import Axes
@@ -112,7 +113,7 @@ def draw_phase(axes: "Axes", phase: Stretch, about: str, size: float) -> None:
 
 def draw_comparison(axes: "Axes", runs: Mapping[str, list[dict]]) -> None:
     axes.set_title(f"Validation loss of {len(runs)} runs", loc="left", size=12, weight="bold")
-    axes.xaxis.set_major_formatter(lambda tokens, _: count(tokens))
+    axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
     axes.set_ylim(*loss_limits(list(runs.values()), headroom=0.05))
     axes.margins(x=0.012)
     for index, (name, events) in enumerate(runs.items()):
@@ -144,7 +145,7 @@ def set_token_axis(axes: "Axes", edges: Sequence[int]) -> None:
     axes.set_xlim(*to_tokens([-0.006, 1.012]))
     if len(spans) > 1:
         axes.set_xticks(edges)
-    axes.xaxis.set_major_formatter(lambda tokens, _: count(tokens))
+    axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
     if shares.sum() > 1.001:
         axes.set_xlabel("training tokens (short phases drawn wider)")
 
@@ -157,7 +158,7 @@ def params(events: list[dict], number: int) -> str:
         total |= {grow["phase"] - 1: grow["params_before"], grow["phase"]: grow["params_after"]}
     active = dict(enumerate(run.get("active_params", []), start=1))
     known = {known[number]: None for known in (active, total) if number in known}
-    return " of ".join(map(count, known)) + " params" * (len(known) == 1)
+    return " of ".join(map(short, known)) + " params" * (len(known) == 1)
 
 
 def gain(phase: Stretch) -> str:
@@ -211,28 +212,14 @@ def outcome(events: list[dict]) -> str:
 def drift(grow: dict) -> str:
     """The operator, and how far it moved the model on the probe batch."""
     moved = {"loss": grow["loss_drift"], "logits": grow["max_logit_diff"]}
-    lines = [f"\N{GREEK CAPITAL LETTER DELTA}{name} {move:.2g}" for name, move in moved.items()]
+    lines = [
+        f"\N{GREEK CAPITAL LETTER DELTA}{name} {'is no number' if move is None else f'{move:.2g}'}"
+        for name, move in moved.items()
+    ]
     return "\n".join([grow["how"], *lines]).replace("e-0", "e-")
-
-
-def count(number: float) -> str:
-    for scale, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= scale:
-            return f"{number / scale:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":
     import tyro
 
-    try:
-        print(tyro.cli(plot, config=(tyro.conf.PositionalRequiredArgs,)))
-    except (InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_command(lambda: print(tyro.cli(plot, config=(tyro.conf.PositionalRequiredArgs,))))
