@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,7 @@ class Hub(ThreadingHTTPServer):
         self.files = files
         self.broken = broken
         self.log: list[str] = []
+        self.over = threading.Event()
 
     @property
     def endpoint(self) -> str:
@@ -40,13 +42,18 @@ class Hub(ThreadingHTTPServer):
 
 @contextmanager
 def serving(files: dict[str, bytes], broken: bool = False) -> Iterator[Hub]:
-    """A broken hub answers 503 to everything."""
+    """A broken hub answers 503 to everything; a good one still does for what has BUSY in its name.
+
+    Of a file with CLOSES or STALLS in its name the second half never comes; one with CRAWLS in it
+    comes slowly.
+    """
     with Hub(files, broken) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
             yield hub
         finally:
+            hub.over.set()
             hub.shutdown()
             thread.join()
 
@@ -56,10 +63,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
+        self.name = ""
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.log.append(f"{self.command} {self.path}")
         path = unquote(self.path.partition("?")[0])
-        if self.server.broken:
+        if self.server.broken or "BUSY" in path:
             self.answer(503, b"")
         elif match := FILE.fullmatch(path):
             self.send_file(*match.groups())
@@ -80,9 +88,11 @@ class Handler(BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
         }
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        self.name, self.half = f"{repo}/{path}", len(content) // 2
         if wanted is None:
             return self.answer(200, content, headers)
         first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+        self.half = max(0, self.half - first)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
         self.answer(206, content[first : last + 1], headers)
 
@@ -109,6 +119,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
+            self.send_body(content)
+
+    def send_body(self, content: bytes) -> None:
+        if "CRAWLS" in self.name:
+            for at in range(0, len(content), len(content) // 20 + 1):
+                self.wfile.write(content[at : at + len(content) // 20 + 1])
+                time.sleep(0.06)
+        elif "CLOSES" in self.name or "STALLS" in self.name:
+            self.wfile.write(content[: self.half])
+            self.server.over.wait(60 if "STALLS" in self.name else 0)
+            self.close_connection = True
+        else:
             self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -127,7 +149,8 @@ def tree(files: dict[str, bytes], folder: str) -> list[dict]:
 
 
 def oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+    """As git names it."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def commit(revision: str) -> str:

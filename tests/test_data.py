@@ -1,22 +1,21 @@
 """Corpus -> tokens -> batches."""
 
 import gzip
-import os
-import signal
-import subprocess
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from config import DataConfig, InputError
+from config import DataConfig, InputError, tiny
+from train import batches
 from utils import sources, stories, tokens
 from utils.data import Corpus, batch, check_length, prepare, windows
+from utils.schedule import stages
 
-ROOT = Path(__file__).parent.parent
 SEPARATOR = "<|endoftext|>"
 
 
@@ -104,36 +103,6 @@ def test_a_changed_file_is_read_again(get, tmp_path):
     assert get(file).fingerprint != before.fingerprint
 
 
-def test_a_damaged_cache_is_built_again(get, tmp_path):
-    before = get().fingerprint
-    (damaged,) = (tmp_path / "cache").glob("*/train.bin")
-    damaged.write_bytes(b"short")
-    assert get().fingerprint == before
-    damaged.unlink()
-    assert get().fingerprint == before
-
-
-def test_a_killed_start_leaves_nothing_behind_for_the_next(get, tmp_path):
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from config import DataConfig; from utils import data\n"
-        "data.prepare(DataConfig('builtin', num_stories=10**6, cache=Path(sys.argv[1])), 400)"
-    )
-    cache = tmp_path / "cache"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, cache], env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    deadline = time.monotonic() + 20
-    while not list(cache.glob("*/train.bin")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (left,) = cache.iterdir()
-    assert left.name.endswith(".part")
-    get()
-    assert not left.exists() and len(list(cache.iterdir())) == 1
-
-
 def test_a_tokenizer_from_a_folder_ends_stories_with_its_own_token(get, tmp_path):
     tokenizer = tokens.learn(stories.stories(30), 300)
     text = tokenizer.to_str().replace(SEPARATOR, "<end>")
@@ -144,6 +113,27 @@ def test_a_tokenizer_from_a_folder_ends_stories_with_its_own_token(get, tmp_path
     assert corpus.train[-1] == corpus.valid[-1] == corpus.eos
     with pytest.raises(InputError, match=r"data.tokenizer = .* 300 tokens.*model.vocab_size = 299"):
         get(tokenizer=str(tmp_path), vocab_size=299)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"model": {"type": "BPE"}}'])
+def test_a_damaged_file_of_a_tokenizer_is_one_line(get, tmp_path, name, content):
+    text = tokens.learn(stories.stories(30), 300).to_str().replace(SEPARATOR, "<end>")
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as raised:
+        get(tokenizer=str(tmp_path))
+    message = str(raised.value)
+    assert "data.tokenizer" in message and str(tmp_path) in message and "\n" not in message
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(get, tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.write_text(SEPARATOR.join(stories.stories(30)))
+    write = tokens.write
+    monkeypatch.setattr(tokens, "write", lambda *args: (write(*args), file.write_text("other")))
+    with pytest.raises(InputError, match="changed while it was read"):
+        get(file)
 
 
 def test_auto_falls_back_loudly_where_datasets_is_not_installed(tmp_path, monkeypatch):
@@ -162,8 +152,19 @@ def test_a_batch_follows_from_seed_and_index_alone():
     assert torch.equal(one, batch(text, seq_len=16, size=4, seed=3, index=7))
     assert one.shape == (4, 17) and one.dtype == torch.int64
     assert torch.equal(one[:, 1:], one[:, :-1] + 1), "targets are the inputs, one further"
-    for seed, index in ((3, 8), (4, 7), (7, 3)):
+    for seed, index in ((3, 8), (4, 7), (7, 3), (0, 7)):
         assert not torch.equal(one, batch(text, seq_len=16, size=4, seed=seed, index=index))
+
+
+def test_the_runs_seed_decides_its_batches(get):
+    corpus = get()
+
+    def first(seed):
+        run = replace(tiny(), seed=seed)
+        lab = SimpleNamespace(run=run, corpus=corpus, device=torch.device("cpu"))
+        return next(batches(stages(run)[0], lab, done=0))
+
+    assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
 
 
 def test_batches_reach_the_first_and_the_last_token():
@@ -206,6 +207,12 @@ def test_a_bad_file_is_one_line(get, tmp_path, name, content, says):
     "config, says",
     [
         ({"source": "hub:"}, "data.source = hub:"),
+        ({"source": "x" * 5000}, "data.source = xxx"),
+        ({"source": "~nobody-of-that-name/a.txt"}, "data.source = ~nobody"),
+        ({"tokenizer": "~nobody-of-that-name"}, "data.tokenizer = ~nobody"),
+        ({"tokenizer": "x" * 5000}, "data.tokenizer = xxx"),
+        ({"tokenizer": "no such name"}, "data.tokenizer: .*no such name"),
+        ({"cache": Path("~nobody-of-that-name/cache")}, "data.cache = ~nobody"),
         ({"tokenizer": "/no/such/folder"}, "data.tokenizer = /no/such/folder"),
         ({"cache": Path("/dev/null/cache")}, "data.cache = /dev/null/cache"),
         ({"vocab_size": 100}, "model.vocab_size = 100"),

@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import Response  # pyright: ignore[reportPrivateImportUsage]
@@ -14,6 +14,14 @@ PATIENCE = 6.0
 """Seconds without a byte after which the hub is given up."""
 GRACE = 3.0
 """Seconds more for its clients to end by themselves."""
+
+
+class Request(Protocol):
+    """Of the clients' own library."""
+
+    method: str
+    url: object
+    headers: Mapping[str, str]
 
 
 def soon(call: Callable[[], T]) -> T:
@@ -51,6 +59,7 @@ class Traffic:
         self.trouble = ""
         self.responses: list[Response] = []
         self.sizes: dict[tuple[str, str | None], int] = {}
+        self.asked: set[tuple[str, str, str | None]] = set()
 
     def listen(self) -> None:
         from huggingface_hub import get_session
@@ -61,10 +70,12 @@ class Traffic:
             session.event_hooks["request"].append(self.refuse)
             session.timeout = PATIENCE
 
-    def refuse(self, request: object) -> None:
+    def refuse(self, request: Request) -> None:
         """Ends the clients' tries: a thread that still made them would abort the process's end."""
-        if self.silence() > PATIENCE:
+        again = request.method, str(request.url), request.headers.get("range")
+        if again in self.asked and self.silence() > PATIENCE:
             raise self.complaint()
+        self.asked.add(again)
 
     def complaint(self) -> OSError:
         return OSError(f"nothing for {PATIENCE:.0f} s{self.trouble}")
