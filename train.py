@@ -6,7 +6,6 @@ A run is a list of phases (config.py). Before each the model may grow; the same 
 it before and after, and the run stops where its function moved. One loop trains every phase.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Growth, Phase, Run, TrainingConfig
+from config import Growth, Run
 from models import SLM, next_token_loss
 from transfer import GrowthError, State, grow
 from utils.cli import parse, run_command
 from utils.data import batch, check_length, prepare
 from utils.device import autocast, choose_device, reset_peak_memory
 from utils.errors import RunStopped
+from utils.files import sweep_parts
 from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
@@ -31,7 +31,7 @@ from utils.output import check_disk, check_folder, claimed, explained, is_finish
 from utils.plot import plot
 from utils.reporter import Reporter
 from utils.resume import Keeper, Place, forget, identity, resumed
-from utils.schedule import Stage, check_memory, stages
+from utils.schedule import Stage, check_memory, lr_at, stages
 from utils.signals import Stopped, held
 
 
@@ -58,7 +58,7 @@ def main(run: Run) -> None:
         who = identity(run, corpus.fingerprint, device)
         place, state = resumed(run, files, who) or (None, None)
         with History(run.out / HISTORY, length=place and place.history) as history:
-            lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history))
+            lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history, place))
             if state is None:
                 record_start(lab)
                 torch.manual_seed(run.seed)
@@ -73,7 +73,9 @@ def main(run: Run) -> None:
 
 
 def finish(out: Path) -> None:
-    plot([out])
+    if not (out / PLOT).exists():
+        plot([out])
+    sweep_parts(out)
     forget(out)
     print(f"\n{summary(read(out / HISTORY))}\n\ncurves: {out / PLOT}")
 
@@ -155,7 +157,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
                     return rest(model, optimizer), reporter.last
                 tokens, lr = next(stream), lr_at(place.step, phase, settings)
                 with held():  # a signal finds the step done or not begun
-                    reporter.trained(training_step(model, optimizer, tokens, lr, lab), lr)
+                    reporter.trained(training_step(model, optimizer, tokens, lr, lab))
                     place = reporter.place(place)
         except Stopped:
             keep(place)
@@ -189,16 +191,6 @@ def compute_losses(model: SLM, tokens_BS: Tensor, lab: Lab) -> tuple[Tensor, Ten
     with autocast(lab.device, lab.dtype):
         out = model(tokens_BS[:, :-1])
         return next_token_loss(out.logits, tokens_BS), out.balance_loss, out.z_loss
-
-
-def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to the floor: every phase warms up anew."""
-    warm = round(settings.warmup * phase.steps)
-    if step < warm:
-        return phase.lr * (step + 1) / warm
-    done = (step - warm) / max(1, phase.steps - warm)
-    floor = settings.lr_floor
-    return phase.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
 def batches(stage: Stage, lab: Lab, done: int) -> Iterator[Tensor]:

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Deepen, InputError, Phase, Run, TrainingConfig, Upcycle, Widen, full, tiny
 from models import SLM, next_token_loss
-from train import lr_at
-from utils.schedule import flops_per_token, memory_gb, stages
+from utils.schedule import flops_per_token, lr_at, memory_gb, stages
 
 OWN = {
     "dense": Phase(steps=3, batch_size=5),

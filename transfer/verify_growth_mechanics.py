@@ -179,7 +179,8 @@ def main() -> None:
     try:
         held = compare_checkpoints(args.before, args.after) if args.before else prove_all()
     except InputError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print("every law holds" if held else "NOT every law holds")
     sys.exit(not held)
 

@@ -74,10 +74,12 @@ def load(path: Path) -> Checkpoint:
 
 def check_weights(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
     """Raises InputError, naming the parameter, unless `weights` are those of such a model."""
+    require(isinstance(weights, dict), f"{path} is no checkpoint: its weights have no names")
     wanted = shapes(config)
     for name in wanted.keys() | weights.keys():
         require(name in weights, f"{path}: {name} is missing")
         require(name in wanted, f"{path}: {name} is no parameter of this model")
+        require(isinstance(weights[name], Tensor), f"{path}: {name} is no tensor")
         shape, want = tuple(weights[name].shape), tuple(wanted[name])
         require(shape == want, f"{path}: {name} is {shape}, not {want}")
         require(bool(torch.isfinite(weights[name]).all()), f"{path}: {name} is not finite")

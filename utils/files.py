@@ -10,17 +10,19 @@ from typing import BinaryIO, cast
 import torch
 
 from config import InputError, require
+from utils.signals import held
 
 MARK = b"growthcrc32:"
 """Stands at the end of a file, before the checksum of everything in front of it. A zip archive,
 which is what torch saves, may be followed by other bytes."""
 DIGITS = 8
+PART = ".part"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place only once it is complete and on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
         with part.open("wb") as file:
             yield file
@@ -30,6 +32,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sweep_parts(folder: Path) -> None:
+    """Removes what a killed process had not completed."""
+    for part in folder.glob(f".*{PART}"):
+        part.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -67,7 +75,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
     Raises OSError where it cannot be written; the file that was there is then still there.
     """
-    with whole_file(path) as file:
+    with held(), whole_file(path) as file:  # torch's writer does not survive an exception
         checked = Checksum(file)
         try:
             torch.save(content, cast("BinaryIO", checked))

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from config import InputError, Run, require
 from utils import resume
 from utils.errors import RunStopped
+from utils.files import sweep_parts
 from utils.history import HISTORY, read
 from utils.schedule import Stage
 from utils.signals import Stopped
@@ -58,6 +59,8 @@ def claimed(out: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"out = {out} cannot be written: {error.strerror}") from None
     try:
+        for folder in (out, out / resume.FOLDER):
+            sweep_parts(folder)
         yield
     finally:
         lock.release()

@@ -11,7 +11,7 @@ from utils.history import read, select
 from utils.lab import Lab
 from utils.meter import Forecast, Meter, check_finite
 from utils.resume import Place
-from utils.schedule import Stage
+from utils.schedule import Stage, lr_at
 
 EVAL_SEQUENCES = 8
 
@@ -27,7 +27,6 @@ class Reporter:
         )
         self.at_growth = loss_at_growth(stage, lab) if self.step else None
         self.last: dict[str, float] = {}
-        self.lr = 0.0
         self.bar = tqdm(
             total=stage.phase.steps, initial=self.step, desc=str(stage), unit="step", disable=None
         )
@@ -36,11 +35,10 @@ class Reporter:
     def where(self) -> str:
         return f"{self.stage}, step {self.step}"
 
-    def trained(self, measures: Tensor, lr: float) -> None:
+    def trained(self, measures: Tensor) -> None:
         """One more step is done. It does not wait for the device."""
         self.meter.add(measures)
         self.step += 1
-        self.lr = lr
 
     def place(self, place: Place) -> Place:
         """Where the run stands now, `place` being where it stood a step ago."""
@@ -65,7 +63,8 @@ class Reporter:
 
     def log(self) -> None:
         measured = self.meter.read(self.where)
-        self.note("step", lr=self.lr, **measured)
+        lr = lr_at(self.step - 1, self.stage.phase, self.lab.run.training)
+        self.note("step", lr=lr, **measured)
         self.last |= measured
         self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
 

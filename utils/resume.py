@@ -13,6 +13,7 @@ from tqdm import tqdm
 from config import InputError, ModelConfig, Run, require
 from transfer import State
 from utils.checkpoint import check_weights, on_cpu
+from utils.errors import RunStopped
 from utils.files import load_tensors, save_tensors
 from utils.history import HISTORY, PLOT, History
 from utils.meter import Reading
@@ -90,12 +91,13 @@ class Keeper:
     own, seeded by the run's seed and an index), so there is none to be kept.
     """
 
-    def __init__(self, run: Run, who: Identity, history: History):
+    def __init__(self, run: Run, who: Identity, history: History, place: Place | None):
+        """`place` is kept already."""
         self.out, self.who, self.history = run.out, who, history
         every = run.training.checkpoint_every
         self.steps = None if every.endswith("min") else int(every)
         self.seconds = 60.0 * int(every.removesuffix("min"))
-        self.kept, self.kept_at = "", time.perf_counter()
+        self.kept, self.kept_at = place.file if place else "", time.perf_counter()
 
     def due(self, step: int, last: int) -> bool:
         if self.steps is None:
@@ -103,9 +105,14 @@ class Keeper:
         return step == last or step % self.steps == 0 < step
 
     def keep(self, place: Place, state: State) -> None:
-        """Then sweeps all but the last KEPT. Raises OSError where it cannot be written."""
+        """Then sweeps all but the last KEPT. Raises OSError where it cannot be written, RunStopped
+        where a weight is no longer finite."""
         if place.file == self.kept:
             return
+        finite = torch.stack([weight.isfinite().all() for weight in state.weights.values()])
+        if not finite.all():
+            name = list(state.weights)[int(finite.int().argmin())]
+            raise RunStopped(f"phase {place.phase}, step {place.step}: {name} is not finite")
         self.history.sync()
         content = {
             "schema": SCHEMA,
@@ -137,10 +144,11 @@ def latest(out: Path, who: Identity, say: Callable[[str], None]) -> tuple[Place,
         try:
             content = load_tensors(path)
             require(content.get("schema") == SCHEMA, f"{path} is of another schema")
-        except InputError as error:
-            say(f"{error}; trying the one before")
+            was = Identity(**{name: content[name] for name in asdict(who)})
+            point = unpack(path, content)
+        except (InputError, KeyError, TypeError, AttributeError) as error:
+            say(f"{path} cannot be used ({error}); trying the one before")
             continue
-        was = Identity(**{name: content[name] for name in asdict(who)})
         if differences := was.differences(who):
             raise InputError(f"{out} holds another run: {'; '.join(differences)}")
         if (was.device, was.threads) != (who.device, who.threads):
@@ -148,7 +156,7 @@ def latest(out: Path, who: Identity, say: Callable[[str], None]) -> tuple[Place,
                 f"kept on {was.device} with {was.threads} threads, going on on {who.device} with "
                 f"{who.threads}: not bit for bit"
             )
-        return unpack(path, content)
+        return point
     require(not files, f"none of the points in {out / FOLDER} is whole: there is nothing to resume")
     return None
 

@@ -1,11 +1,12 @@
 """What a run will do, phase by phase, known before it starts: sizes, tokens, work, memory."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from config import InputError, ModelConfig, Phase, Run, require
+from config import InputError, ModelConfig, Phase, Run, TrainingConfig, require
 from transfer import plan_for
 from utils.device import total_memory_gb, training_dtype
 
@@ -127,3 +128,13 @@ def memory_gb(config: ModelConfig, sequences: int, dtype: torch.dtype) -> float:
     block = 11 * config.d_model + (experts or 1) * 4 * config.d_ff + experts * 2 * config.d_model
     kept = config.n_layers * block + 3 * config.vocab_size
     return (config.num_params * BYTES_PER_PARAMETER + tokens * kept * dtype.itemsize) / 1e9
+
+
+def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:
+    """Linear warm-up, then a cosine down to the floor: every phase warms up anew."""
+    warm = round(settings.warmup * phase.steps)
+    if step < warm:
+        return phase.lr * (step + 1) / warm
+    done = (step - warm) / max(1, phase.steps - warm)
+    floor = settings.lr_floor
+    return phase.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)

@@ -51,10 +51,11 @@ def stoppable() -> Iterator[None]:
 @contextmanager
 def held() -> Iterator[None]:
     """Within, a signal waits: what is done here is done wholly."""
+    was_held, earlier = watch.held, watch.received
     watch.held = True
     try:
         yield
     finally:
-        watch.held = False
-    if watch.received is not None:
+        watch.held = was_held
+    if watch.received is not None and earlier is None and not was_held:
         raise Stopped(watch.received)
