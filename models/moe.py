@@ -90,7 +90,7 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     if has_grouped_mm(weight_EOI):
         return F.grouped_mm(x_MI, weight_EOI.transpose(-2, -1), offs=ends_E)
     ends = ends_E.tolist()
-    rows = zip(weight_EOI, [0, *ends], ends, strict=False)
+    rows = zip(weight_EOI, [0, *ends[:-1]], ends, strict=True)
     return torch.cat([F.linear(x_MI[start:end], weight) for weight, start, end in rows])
 
 
