@@ -247,6 +247,9 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     """Sequences at a time, gradients added up; a mixture's balance loss is then that of each micro-
     batch, which is not quite that of the whole. None: the batch at once."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Run the training step as one CUDA graph (bf16 on CUDA). auto: in phases long enough for it to
+    pay."""
     weight_decay: float = 0.01
     """Decoupled, on matrices and embeddings; gains of norms are left alone."""
     grad_clip: float = 1.0

@@ -7,17 +7,19 @@ it before and after, and the run stops where its function moved. One loop trains
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Growth, Run
+from config import Growth, Run, TrainingConfig
 from models import SLM, next_token_loss
 from transfer import GrowthError, State, grow
+from utils.capture import Captured, captures
 from utils.cli import parse, run_command
 from utils.data import batch, check_length, prepare
 from utils.device import autocast, choose_device, reset_peak_memory
@@ -26,7 +28,7 @@ from utils.files import sweep_parts
 from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
-from utils.optimizer import rest, wake
+from utils.optimizer import Optimizer, wake
 from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
 from utils.reporter import Reporter
@@ -139,58 +141,56 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
 def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, dict[str, float]]:
     """One phase of training, on from `place`: the State it ends in, and the last measurements."""
     phase, settings = stage.phase, lab.run.training
-    model, optimizer = wake(state, settings)
+    optimizer = wake(state, settings, lab.dtype)
+    step = stepper(optimizer, settings, lab.dtype, phase.steps - place.step)
     reporter = Reporter(stage, lab, place)
     stream = batches(stage, lab, place.step)
 
     def keep(place: Place) -> None:
         reporter.meter.check(reporter.where)
-        lab.keeper.keep(place, rest(model, optimizer))
+        lab.keeper.keep(place, optimizer.rest())
 
     with reporter.bar:
         try:
             while True:
                 if lab.keeper.due(place.step, phase.steps):
                     keep(place)
-                reporter.report(model)
+                reporter.report(optimizer.model)
                 if place.step == phase.steps:
-                    return rest(model, optimizer), reporter.last
-                tokens, lr = next(stream), lr_at(place.step, phase, settings)
+                    return optimizer.rest(), reporter.last
+                tokens = next(stream)
+                optimizer.set_lr(lr_at(place.step, phase, settings))
                 with held():  # a signal finds the step done or not begun
-                    reporter.trained(training_step(model, optimizer, tokens, lr, lab))
+                    reporter.trained(step(tokens))
                     place = reporter.place(place)
         except Stopped:
             keep(place)
             raise
 
 
+def stepper(
+    optimizer: Optimizer, settings: TrainingConfig, dtype: torch.dtype, steps: int
+) -> Callable[[Tensor], Tensor]:
+    """What trains on windows (B, T + 1): `training_step`, captured where it pays."""
+    step = partial(training_step, optimizer, settings, dtype)
+    return Captured(step, optimizer) if captures(optimizer, settings, steps) else step
+
+
 def training_step(
-    model: SLM, optimizer: torch.optim.AdamW, tokens_BS: Tensor, lr: float, lab: Lab
+    optimizer: Optimizer, settings: TrainingConfig, dtype: torch.dtype, tokens_BS: Tensor
 ) -> Tensor:
     """One optimizer step on windows (B, T + 1). Returns the meter's MEASURES, on the device."""
-    settings = lab.run.training
-    total = torch.zeros(3, device=lab.device)
+    device, total = tokens_BS.device, torch.zeros(3, device=tokens_BS.device)
     for micro in tokens_BS.split(settings.micro_batch_size or len(tokens_BS)):
         share = len(micro) / len(tokens_BS)
-        loss, balance, z = losses = compute_losses(model, micro, lab)
+        with autocast(device, dtype):
+            out = optimizer.model(micro[:, :-1])
+            losses = next_token_loss(out, micro), out.balance_loss, out.z_loss
+        loss, balance, z = losses
         weighed = loss + settings.balance_coef * balance + settings.z_coef * z
         (share * weighed).backward()
         total += share * torch.stack(losses).detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    # The fused kernel leaves everything as it is where this is 1, so no host has to look first.
-    optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
-    optimizer.step()
-    optimizer.zero_grad()
-    return torch.cat([total, norm[None]])
-
-
-def compute_losses(model: SLM, tokens_BS: Tensor, lab: Lab) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy, balance loss and z-loss."""
-    with autocast(lab.device, lab.dtype):
-        out = model(tokens_BS[:, :-1])
-        return next_token_loss(out.logits, tokens_BS), out.balance_loss, out.z_loss
+    return torch.cat([total, optimizer.step()[None]])
 
 
 def batches(stage: Stage, lab: Lab, done: int) -> Iterator[Tensor]:

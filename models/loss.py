@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+from models.fused import fuses
+from models.model import Output
+from models.precision import lowered
+
 CHUNK = 1 << 26
 """Float32 logits that exist at a time."""
 
@@ -35,6 +39,11 @@ class CrossEntropy(torch.autograd.Function):
         return grad_NV.mul_(grad_loss.to(grad_NV.dtype)), None  # a second backward is an error
 
 
-def next_token_loss(logits_BTV: Tensor, tokens_BS: Tensor) -> Tensor:
+def next_token_loss(out: Output, tokens_BS: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of predicting windows (B, T + 1) from their first T tokens."""
-    return CrossEntropy.apply(logits_BTV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+    hidden_ND, target_N = out.hidden_BTD.flatten(0, 1), tokens_BS[:, 1:].flatten()
+    if fuses(hidden_ND):
+        from models.fused.cross_entropy import HeadLoss
+
+        return HeadLoss.apply(hidden_ND, lowered(out.head_VD), target_N, out.vocab_size)
+    return CrossEntropy.apply(out.logits.flatten(0, 1), target_N)

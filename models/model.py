@@ -5,16 +5,16 @@ K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers
 """
 
 from fnmatch import fnmatchcase
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig, require
+from models.fused import fuses
 from models.moe import MoE, Routing
-from models.precision import lowered
+from models.precision import lowered, side_by_side
 
 # What each dimension of each parameter is, written "outputs < input". Growth and its tests read
 # this table; nothing else needs to know how a tensor is laid out.
@@ -62,11 +62,22 @@ def initialise(name: str, weight: Tensor, n_layers: int, generator: torch.Genera
     law(weight)
 
 
-class Output(NamedTuple):
-    logits: Tensor
-    """(B, T, V)"""
-    routing: tuple[Routing, ...]
-    """One per mixture-of-experts layer; empty when dense."""
+class Output:
+    """What a model makes of tokens (B, T): the logits, and before them what they are made of."""
+
+    def __init__(
+        self, hidden_BTD: Tensor, head_VD: Tensor, vocab_size: int, routing: tuple[Routing, ...]
+    ):
+        self.hidden_BTD, self.head_VD = hidden_BTD, head_VD
+        self.vocab_size = vocab_size
+        """The head may have more rows than that, for alignment."""
+        self.routing = routing
+        """One per mixture-of-experts layer; empty when dense."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, T, V)"""
+        return F.linear(self.hidden_BTD, self.head_VD[: self.vocab_size])
 
     @property
     def balance_loss(self) -> Tensor:
@@ -79,7 +90,7 @@ class Output(NamedTuple):
         return self._mean([layer.z for layer in self.routing])
 
     def _mean(self, values: list[Tensor]) -> Tensor:
-        return torch.stack(values).mean() if values else self.logits.new_zeros(())
+        return torch.stack(values).mean() if values else self.hidden_BTD.new_zeros(())
 
 
 class SLM(nn.Module):
@@ -104,29 +115,32 @@ class SLM(nn.Module):
         config, length = self.config, tokens_BT.shape[1]
         if length > config.seq_len:
             raise ValueError(f"{length} tokens do not fit a context of {config.seq_len}")
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(tokens_BT).to(self.norm.weight.dtype)
         rotation = None
         if config.position == "learned":
             x_BTD = x_BTD + self.position.weight[:length]
         else:
             rotation = rotary(length, config, x_BTD)
-        routing = []
+        delta_BTD, routing = None, []
         for block in self.blocks:
-            x_BTD, layer = block(x_BTD, rotation)
+            x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation)
             if layer is not None:
                 routing.append(layer)
-        x_BTD = self.norm(x_BTD) * config.logit_scale
-        head_VD = self.embed.weight if config.tied else self.head.weight
-        return Output(unembed(x_BTD, head_VD), tuple(routing))
+        _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
+        if config.logit_scale != 1:
+            x_BTD = x_BTD * config.logit_scale
+        head = self.embed if config.tied else self.head
+        return Output(x_BTD, head.weight, config.vocab_size, tuple(routing))
 
 
-def unembed(x_BTD: Tensor, head_VD: Tensor) -> Tensor:
-    """Logits (B, T, V). On a GPU their rows are padded to whole 128 bytes inside: with the 50,257
-    columns of GPT-2's vocabulary as they are, cuBLAS falls back to slow kernels."""
-    if not x_BTD.is_cuda:
-        return F.linear(x_BTD, head_VD)
-    padded = F.pad(lowered(head_VD), (0, 0, 0, -len(head_VD) % 64))
-    return F.linear(lowered(x_BTD), padded)[..., : len(head_VD)]
+def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream with what is to be added to it, and the norm of that."""
+    if fuses(x_BTD):
+        from models.fused.norm import AddNorm
+
+        return AddNorm.apply(x_BTD, delta_BTD, norm.weight, norm.eps)
+    x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
+    return x_BTD, norm(x_BTD)
 
 
 class Block(nn.Module):
@@ -142,55 +156,79 @@ class Block(nn.Module):
         self.is_moe = config.num_experts > 0
 
     def forward(
-        self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self.attn(lowered(self.attn_norm(x_BTD)), rotation)
-        h_BTD, routing = self.ffn_norm(x_BTD), None
+        self, x_BTD: Tensor, delta_BTD: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """Hands on the residual stream, and apart from it what is still to be added to it."""
+        x_BTD, h_BTD = add_norm(x_BTD, delta_BTD, self.attn_norm)
+        x_BTD, h_BTD = add_norm(x_BTD, self.attn(h_BTD, rotation), self.ffn_norm)
         if self.is_moe:
-            h_BTD, routing = self.moe(h_BTD)
-        else:
-            h_BTD = self.mlp(h_BTD)
-        return x_BTD + h_BTD, routing
+            return x_BTD, *self.moe(h_BTD)
+        return x_BTD, self.mlp(h_BTD), None
 
 
 class Attention(nn.Module):
     """Causal; `kv_heads` key/value heads serve `n_heads` query heads in groups, in order."""
 
+    PACKED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.head_dim
-        self.grouped = config.kv_heads != config.n_heads
+        self.head_dim, self.n_heads, self.kv_heads = (
+            config.head_dim,
+            config.n_heads,
+            config.kv_heads,
+        )
         heads, kv_heads = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
         # Apart, not packed into one: a packed matrix would tile into q k v q k v.
         self.q_proj = nn.Linear(config.d_model, heads, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_heads, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_heads, bias=False)
         self.o_proj = nn.Linear(heads, config.d_model, bias=False)
+        self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = self.project(lowered(x_BTD), rotation)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
+        )
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
+
+    def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """Queries (B, H, T, K), keys and values (B, G, T, K), turned by their rotary angles."""
+        if fuses(x_BTD):
+            from models.fused.project import Project
+
+            weight = side_by_side(self, self.PACKED)
+            return Project.apply(x_BTD, weight, rotation, self.n_heads, self.kv_heads)
         q_BHTK, k_BGTK, v_BGTK = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotation is not None:
             q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped
-        )
-        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
+        return q_BHTK, k_BGTK, v_BGTK
 
 
 class MLP(nn.Module):
     """SwiGLU (2002.05202)."""
+
+    PACKED = ("gate_proj.weight", "up_proj.weight")
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = lowered(x_BTD)
+        if fuses(x_BTD):
+            from models.fused.swiglu import GateUp
+
+            weight = side_by_side(self, self.PACKED)
+            h_NF = GateUp.apply(x_BTD.flatten(0, 1), weight)
+            return self.down_proj(h_NF).view(x_BTD.shape)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 

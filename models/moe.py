@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from models.precision import lowered
+from models.fused import fuses
+from models.precision import lowered, side_by_side
 
 
 class Routing(NamedTuple):
@@ -60,6 +61,8 @@ def count(chosen_NC: Tensor, num_experts: int) -> Tensor:
 class MoE(nn.Module):
     """SwiGLU experts, stacked along the first dimension of each projection."""
 
+    PACKED = ("gate_proj", "up_proj")
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         experts, width, inner = config.num_experts, config.d_model, config.d_ff
@@ -67,9 +70,19 @@ class MoE(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(experts, inner, width))
         self.up_proj = nn.Parameter(torch.empty(experts, inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         x_ND = x_BTD.flatten(0, 1)
+        if fuses(x_ND) and has_grouped_mm(lowered(self.down_proj)):
+            from models.fused.experts import Experts
+
+            gate_up, down = side_by_side(self, self.PACKED), lowered(self.down_proj)
+            router = self.router
+            y_ND, balance, z, chosen_NC, load_E = Experts.apply(
+                lowered(x_ND), router.weight, gate_up, down, router.top_k
+            )
+            return y_ND.view(x_BTD.shape), Routing(chosen_NC, load_E, balance, z)
         weight_NC, routing = self.router(x_ND)
         order_M = routing.chosen_NC.flatten().argsort(stable=True)
         ends_E = count(routing.chosen_NC, len(self.gate_proj)).cumsum(0, dtype=torch.int32)

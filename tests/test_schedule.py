@@ -99,7 +99,7 @@ def test_a_bad_field_of_the_default_schedule_is_refused_by_the_name_of_its_phase
 def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
     model, tokens = SLM(config), windows(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        next_token_loss(model(tokens[:, :-1]).logits, tokens).backward()
+        next_token_loss(model(tokens[:, :-1]), tokens).backward()
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     # By convention parameters that multiply without a sum, the gains, count as if they had one;
     # half of attention is masked away; weighing the chosen experts is left out.

@@ -83,14 +83,16 @@ class Forecast:
 
     def __init__(self, stages: list[Stage], device: torch.device):
         self.stages, self.device = stages, device
+        self.cold = 1 if device.type == "cpu" else 5
+        """Steps that warm up, or are captured, and so do not count."""
         self.started = 0.0
 
     def after(self, step: int) -> str | None:
-        """The estimate, once after TIMED_STEPS. The first step, which warms up, does not count."""
-        if step not in (1, 1 + TIMED_STEPS):
+        """The estimate, once after TIMED_STEPS."""
+        if step not in (self.cold, self.cold + TIMED_STEPS):
             return None
         wait_for(self.device)
-        if step == 1:
+        if step == self.cold:
             self.started = time.perf_counter()
             return None
         flops = TIMED_STEPS * self.stages[0].flops / self.stages[0].phase.steps

@@ -1,32 +1,69 @@
 """Between a State at rest and a model with its optimizer at work."""
 
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
 from config import TrainingConfig
 from models import SLM
+from models.fused import has_triton
 from transfer import State
 
 
-def wake(state: State, settings: TrainingConfig) -> tuple[SLM, torch.optim.AdamW]:
-    """The model around the tensors of `state`, and the optimizer with the memory it had."""
-    model = state.model()
-    named = dict(model.named_parameters())
-    gains = [p for p in named.values() if p.dim() == 1]
-    others = [p for p in named.values() if p.dim() > 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": others}, {"params": gains, "weight_decay": 0.0}],
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    for name, moments in state.adam.items():
-        optimizer.state[named[name]] = moments
-    return model, optimizer
+class Optimizer(Protocol):
+    """AdamW with what it trains. A step takes the gradients of the model's parameters, clips and
+    drops them, and returns their norm; where that is not finite it changes nothing."""
+
+    model: SLM
+
+    def set_lr(self, lr: float) -> None: ...
+    def step(self) -> Tensor: ...
+    def rest(self) -> State: ...
 
 
-def rest(model: SLM, optimizer: torch.optim.AdamW) -> State:
-    state = State.of(model)
-    for name, weight in model.named_parameters():
-        if weight in optimizer.state:
-            state.adam[name] = optimizer.state[weight]
-    return state
+def wake(state: State, settings: TrainingConfig, dtype: torch.dtype) -> Optimizer:
+    """An optimizer around the tensors of `state`, with the memory it had."""
+    device = next(iter(state.weights.values())).device
+    if device.type == "cuda" and dtype == torch.bfloat16 and has_triton():
+        from utils.masters import Masters
+
+        return Masters(state, settings)
+    return Plain(state, settings)
+
+
+class Plain:
+    """Torch's own AdamW, on weights that are also what the model computes with."""
+
+    def __init__(self, state: State, settings: TrainingConfig):
+        self.model, self.grad_clip = state.model(), settings.grad_clip
+        named = dict(self.model.named_parameters())
+        gains = [p for p in named.values() if p.dim() == 1]
+        others = [p for p in named.values() if p.dim() > 1]
+        self.adamw = torch.optim.AdamW(
+            [{"params": others}, {"params": gains, "weight_decay": 0.0}],
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        for name, moments in state.adam.items():
+            self.adamw.state[named[name]] = moments
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+
+    def step(self) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        # The fused kernel leaves everything as it is where this is 1, so no host has to look first.
+        self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return norm
+
+    def rest(self) -> State:
+        state = State.of(self.model)
+        for name, weight in self.model.named_parameters():
+            if weight in self.adamw.state:
+                state.adam[name] = self.adamw.state[weight]
+        return state

@@ -100,7 +100,7 @@ def evaluate(model: SLM, lab: Lab) -> tuple[float, dict]:
         share = len(rows) / len(lab.valid)
         with autocast(lab.device, lab.dtype):
             out = model(rows[:, :-1])
-            loss += share * next_token_loss(out.logits, rows)
+            loss += share * next_token_loss(out, rows)
         if out.routing:
             loads.append(share * torch.stack([layer.load_E for layer in out.routing]))
     return loss.item(), {"expert_load": torch.stack(loads).sum(0).tolist()} if loads else {}

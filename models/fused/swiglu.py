@@ -1,0 +1,85 @@
+"""silu(gate) * up, from the product of an input with both projections side by side."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def swiglu_kernel(
+    gate_up_ptr, weight_ptr, out_ptr, width, WEIGHED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    gate = tl.load(gate_up_ptr + row * 2 * width + cols, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * width + width + cols, mask, other=0.0).to(tl.float32)
+    out = gate * tl.sigmoid(gate) * up
+    if WEIGHED:
+        out *= tl.load(weight_ptr + row)
+    tl.store(out_ptr + row * width + cols, out.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    grad_ptr, gate_up_ptr, weight_ptr, grad_gate_up_ptr, grad_weight_ptr, width,
+    WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    at = row * 2 * width + cols
+    gate = tl.load(gate_up_ptr + at, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + at + width, mask, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + row * width + cols, mask, other=0.0).to(tl.float32)
+    open = tl.sigmoid(gate)
+    silu = gate * open
+    if WEIGHED:
+        tl.store(grad_weight_ptr + row, tl.sum(grad * silu * up))
+        grad *= tl.load(weight_ptr + row)
+    grad_gate = grad * up * open * (1.0 + gate * (1.0 - open))
+    kind = grad_gate_up_ptr.dtype.element_ty
+    tl.store(grad_gate_up_ptr + at, grad_gate.to(kind), mask)
+    tl.store(grad_gate_up_ptr + at + width, (grad * silu).to(kind), mask)
+
+
+def swiglu(gate_up_MF: Tensor, weight_M: Tensor | None = None) -> Tensor:
+    """(M, 2F) -> (M, F), each row times its weight (float32) where there are weights."""
+    rows, width = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
+    out_MF = gate_up_MF.new_empty(rows, width)
+    swiglu_kernel[(rows,)](
+        gate_up_MF, weight_M, out_MF, width,
+        WEIGHED=weight_M is not None, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return out_MF
+
+
+def swiglu_backward(
+    grad_MF: Tensor, gate_up_MF: Tensor, weight_M: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of gate_up (M, 2F) and, where there are any, of the weights (M,)."""
+    rows, width = grad_MF.shape
+    grad_gate_up = torch.empty_like(gate_up_MF)
+    grad_weight = None if weight_M is None else torch.empty_like(weight_M)
+    swiglu_backward_kernel[(rows,)](
+        grad_MF, gate_up_MF, weight_M, grad_gate_up, grad_weight, width,
+        WEIGHED=weight_M is not None, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return grad_gate_up, grad_weight
+
+
+class GateUp(torch.autograd.Function):
+    """x (N, D), both projections (2F, D) -> silu(gate) * up (N, F); plain: models.model.MLP."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, gate_up_FD: Tensor) -> Tensor:
+        gate_up_NF = x_ND @ gate_up_FD.T
+        ctx.save_for_backward(x_ND, gate_up_FD, gate_up_NF)
+        return swiglu(gate_up_NF)
+
+    @staticmethod
+    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, gate_up_FD, gate_up_NF = ctx.saved_tensors
+        grad, _ = swiglu_backward(grad_NF.contiguous(), gate_up_NF)
+        return grad @ gate_up_FD, grad.T @ x_ND

@@ -1,0 +1,60 @@
+"""A training step as one CUDA graph: launched at once, it does not wait for Python."""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from config import TrainingConfig
+from utils.optimizer import Optimizer
+
+WARM_UP = 3
+"""Steps before the capture; they choose kernels and compile them."""
+
+
+WORTH = 30
+"""Steps of a phase from which a capture pays: it takes a second."""
+
+
+@runtime_checkable
+class Capturable(Protocol):
+    """An optimizer whose step asks the host nothing, if it may look around after the capture."""
+
+    def locate(self) -> None: ...
+
+
+def captures(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> bool:
+    """Whether so many steps are worth a capture."""
+    able = isinstance(optimizer, Capturable)
+    return able and settings.capture != "off" and (settings.capture == "on" or steps >= WORTH)
+
+
+class Captured:
+    """`step`, which trains `optimizer` on tokens of one shape and returns a tensor. That tensor is
+    written over by the next call."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], optimizer: Capturable):
+        self.step, self.optimizer, self.steps = step, optimizer, 0
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+
+    def __call__(self, tokens_BS: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps <= WARM_UP:
+            return self.warm_up(tokens_BS)
+        if self.steps == WARM_UP + 1:
+            self.tokens_BS = tokens_BS.clone()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.step(self.tokens_BS)
+            self.optimizer.locate()
+        self.tokens_BS.copy_(tokens_BS)
+        self.graph.replay()
+        return self.result
+
+    def warm_up(self, tokens_BS: Tensor) -> Tensor:
+        """On the stream that will be captured, which nothing must tie to another."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.step(tokens_BS)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result

@@ -1,0 +1,112 @@
+"""Training in bf16 from float32 masters: a copy of the model, cast once a step, computes; the fused
+AdamW reads its gradients and writes masters, moments and copy in one pass."""
+
+import torch
+from torch import Tensor, nn
+
+from config import TrainingConfig
+from models import SLM, axes
+from models.fused.adamw import Part, Table
+from models.fused.cross_entropy import pad_rows
+from transfer import State
+
+EXACT = ("norm.weight", "router.weight", "position.weight")
+"""Parameters that are computed with in float32 and so need no copy."""
+EPS = 1e-8
+
+
+class Masters:
+    """AdamW over a State, which it changes in place; `model` computes the gradients.
+
+    With micro-batches these add up in bf16.
+    """
+
+    def __init__(self, state: State, settings: TrainingConfig):
+        self.settings, self.config, self.weights = settings, state.config, state.weights
+        device = next(iter(state.weights.values())).device
+        self.adam = {
+            name: state.adam.get(name) or unmoved(master) for name, master in state.weights.items()
+        }
+        self.model, copies = working_copy(state)
+        parts = {
+            i: Part(
+                master, self.adam[name]["exp_avg"], self.adam[name]["exp_avg_sq"], *copies[name]
+            )
+            for i, (name, master) in enumerate(state.weights.items())
+        }
+        self.tables = [
+            Table({i: part for i, part in parts.items() if part.leaf.dtype == dtype})
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
+        decays = [settings.weight_decay * (part.master.dim() > 1) for part in parts.values()]
+        self.decays = torch.tensor(decays, device=device)
+        self.lr = torch.zeros((), device=device)
+
+    def set_lr(self, lr: float) -> None:
+        self.lr.fill_(lr)
+
+    def step(self) -> Tensor:
+        """One step from the leaves' gradients, which are then gone. Returns their norm; where that
+        is not finite everything is left as it was."""
+        self.grads = [table.grads() for table in self.tables]
+        if not torch.cuda.is_current_stream_capturing():
+            self.locate()
+        norm = torch.cat([table.squares() for table in self.tables]).sum().sqrt()
+        finite = norm.isfinite()
+        clip = (self.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+        clip = torch.where(finite, clip, -1.0)
+        self.steps += finite
+        betas = self.settings.beta1, self.settings.beta2
+        for table in self.tables:
+            table.step(self.steps, self.decays, self.lr, clip, betas, EPS)
+        self.model.zero_grad()
+        return norm
+
+    def locate(self) -> None:
+        """Tells the device where the gradients lie; a captured step learns it after its capture."""
+        for table, grads in zip(self.tables, self.grads, strict=True):
+            table.locate(grads)
+
+    def rest(self) -> State:
+        """The masters and their moments; they change as the training goes on."""
+        for step, moments in zip(self.steps, self.adam.values(), strict=True):
+            moments["step"] = step.clone()
+        return State(self.config, self.weights, self.adam)
+
+
+def unmoved(master: Tensor) -> dict[str, Tensor]:
+    """What Adam remembers of a parameter that is new to it."""
+    return {
+        "step": master.new_zeros(()),
+        "exp_avg": torch.zeros_like(master),
+        "exp_avg_sq": torch.zeros_like(master),
+    }
+
+
+def working_copy(state: State) -> tuple[SLM, dict[str, tuple[Tensor, Tensor]]]:
+    """A model whose products are in bf16, with weights of one input side by side and tables padded
+    to whole rows of the head's product. For each parameter the leaf it is in, and its part there."""
+    with torch.device("meta"):
+        model = SLM(state.config)
+    copies: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, module in model.named_modules():
+        names = getattr(module, "PACKED", ())
+        masters = {f"{path}.{name}": state.weights[f"{path}.{name}"] for name in names}
+        if masters:
+            module.packed = nn.Parameter(torch.cat([w.bfloat16() for w in masters.values()], -2))
+            sizes = [w.shape[-2] for w in masters.values()]
+            parts = module.packed.detach().split(sizes, -2)
+            copies |= {
+                name: (module.packed, part) for name, part in zip(masters, parts, strict=True)
+            }
+    for name, master in state.weights.items():
+        if name not in copies:
+            leaf = master if name.endswith(EXACT) else master.bfloat16()
+            leaf = nn.Parameter(pad_rows(leaf) if axes(name)[0][0] == "vocab" else leaf)
+            copies[name] = (leaf, leaf.detach()[: len(master)])
+        module, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        delattr(module, last)
+        if last != "packed" and copies[name][0] is not getattr(module, "packed", None):
+            setattr(module, last, copies[name][0])
+    return model, copies
