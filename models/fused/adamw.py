@@ -13,25 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 1 << 14
+CHUNK = 1 << 12
 COLUMNS = ("master", "exp_avg", "exp_avg_sq", "grad", "copy")
 
 
 @triton.jit
-def address(table_ptr, row, COLUMN: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    found = tl.load(table_ptr + row * 5 + COLUMN)
-    if ALIGNED:
-        found = tl.multiple_of(found, 16)
-    return found.to(tl.pointer_type(KIND))
+def address(table_ptr, row, COLUMN: tl.constexpr, KIND: tl.constexpr):
+    return tl.load(table_ptr + row * 5 + COLUMN).to(tl.pointer_type(KIND))
 
 
 @triton.jit
-def square_kernel(
-    table_ptr, size_ptr, square_ptr, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def square_kernel(table_ptr, size_ptr, square_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     size = tl.load(size_ptr + row)
-    grad_ptr = address(table_ptr, row, 3, KIND, ALIGNED)
+    grad_ptr = address(table_ptr, row, 3, KIND)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -43,7 +38,7 @@ def square_kernel(
 @triton.jit
 def adamw_kernel(
     table_ptr, size_ptr, owner_ptr, step_ptr, decay_ptr, lr_ptr, clip_ptr, beta1, beta2, eps,
-    KIND: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
     if clip >= 0:  # it is not where the gradient is not finite
@@ -57,10 +52,10 @@ def adamw_kernel(
         pace = lr / bias1.to(tl.float32)
         root = tl.sqrt(bias2.to(tl.float32))
         kept = 1.0 - lr * tl.load(decay_ptr + owner)
-        master_ptr = address(table_ptr, row, 0, tl.float32, ALIGNED)
-        exp_avg_ptr = address(table_ptr, row, 1, tl.float32, ALIGNED)
-        exp_avg_sq_ptr = address(table_ptr, row, 2, tl.float32, ALIGNED)
-        grad_ptr = address(table_ptr, row, 3, KIND, ALIGNED)
+        master_ptr = address(table_ptr, row, 0, tl.float32)
+        exp_avg_ptr = address(table_ptr, row, 1, tl.float32)
+        exp_avg_sq_ptr = address(table_ptr, row, 2, tl.float32)
+        grad_ptr = address(table_ptr, row, 3, KIND)
         for start in range(0, size, BLOCK):
             at = start + tl.arange(0, BLOCK)
             here = at < size
@@ -75,7 +70,7 @@ def adamw_kernel(
             tl.store(exp_avg_ptr + at, exp_avg, here)
             tl.store(exp_avg_sq_ptr + at, exp_avg_sq, here)
             if COPY:
-                copy_ptr = address(table_ptr, row, 4, KIND, ALIGNED)
+                copy_ptr = address(table_ptr, row, 4, KIND)
                 tl.store(copy_ptr + at, master.to(KIND), here)
 
 
@@ -121,11 +116,7 @@ class Table:
         self.table = torch.from_numpy(self.addresses).to(leaf.device)
         self.size = torch.from_numpy(np.concatenate(sizes).astype(np.int32)).to(leaf.device)
         self.owner = torch.from_numpy(np.concatenate(owners).astype(np.int32)).to(leaf.device)
-        self.how = {
-            "KIND": tl.float32 if leaf.dtype == torch.float32 else tl.bfloat16,
-            "ALIGNED": not (self.addresses % 16).any() and not (self.offset % 16).any(),
-            "BLOCK": 2048,
-        }
+        self.kind = tl.float32 if leaf.dtype == torch.float32 else tl.bfloat16
 
     def grads(self) -> list[int]:
         """Addresses of the leaves' gradients."""
@@ -139,7 +130,9 @@ class Table:
     def squares(self) -> Tensor:
         """Of the gradients, a sum for each chunk."""
         square = torch.empty(len(self.size), device=self.table.device)
-        square_kernel[(len(self.size),)](self.table, self.size, square, **self.how)
+        square_kernel[(len(self.size),)](
+            self.table, self.size, square, KIND=self.kind, BLOCK=2048, num_warps=4
+        )
         return square
 
     def step(
@@ -155,5 +148,5 @@ class Table:
         and everything is left as it was where that is negative."""
         adamw_kernel[(len(self.size),)](
             self.table, self.size, self.owner, steps, decays, lr, clip, *betas, eps,
-            COPY=self.how["KIND"] == tl.bfloat16, **self.how,
+            KIND=self.kind, COPY=self.kind == tl.bfloat16, BLOCK=1024, num_warps=8,
         )  # fmt: skip

@@ -14,34 +14,46 @@ they are, cuBLAS falls back to slow kernels."""
 
 
 @triton.jit
+def load_last(logits_ptr, at, vocab, stride):
+    x = tl.load(logits_ptr + at, at < stride, other=float("-inf")).to(tl.float32)
+    return tl.where(at < vocab, x, float("-inf"))
+
+
+@triton.jit
 def cross_entropy_kernel(
     logits_ptr, target_ptr, loss_ptr, vocab, stride, share,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A row: all blocks but the last are whole, which spares them the masks."""
+    log2_e: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
     target = tl.load(target_ptr + row)
+    wanted = tl.load(logits_ptr + target).to(tl.float32) * log2_e
+    whole = vocab // BLOCK * BLOCK
     cols = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = start + cols
-        x = tl.load(logits_ptr + at, at < vocab, other=float("-inf")).to(tl.float32)
+    last = whole + cols
+    x = load_last(logits_ptr, last, vocab, stride) * log2_e
+    top = tl.maximum(x, -1e30)
+    total = tl.exp2(x - top)
+    for start in range(0, whole, BLOCK):
+        x = tl.load(logits_ptr + start + cols).to(tl.float32) * log2_e
         higher = tl.maximum(top, x)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.exp(x - shift)
+        total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
         top = higher
     highest = tl.max(top)
-    log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest)))
-    wanted = tl.load(logits_ptr + target).to(tl.float32)
-    tl.store(loss_ptr + row, (log_sum - wanted) * share)
+    log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest)))
+    tl.store(loss_ptr + row, (log_sum - wanted) * (share / log2_e))
     if GRADIENT:
-        tl.debug_barrier()  # the wanted logit is read before it is written over
-        for start in range(0, vocab, BLOCK):
-            at = start + cols
-            x = tl.load(logits_ptr + at, at < vocab, other=float("-inf")).to(tl.float32)
-            grad = (tl.exp(x - log_sum) - tl.where(at == target, 1.0, 0.0)) * share
-            tl.store(logits_ptr + at, grad.to(logits_ptr.dtype.element_ty), at < vocab)
+        kind = logits_ptr.dtype.element_ty
+        tl.debug_barrier()  # the wanted logit has been read
+        for start in range(0, whole, BLOCK):
+            x = tl.load(logits_ptr + start + cols).to(tl.float32) * log2_e
+            tl.store(logits_ptr + start + cols, (tl.exp2(x - log_sum) * share).to(kind))
+        x = load_last(logits_ptr, last, vocab, stride) * log2_e
+        tl.store(logits_ptr + last, (tl.exp2(x - log_sum) * share).to(kind), last < stride)
+        tl.debug_barrier()  # its gradient goes over that of an unwanted one
+        tl.store(logits_ptr + target, ((tl.exp2(wanted - log_sum) - 1.0) * share).to(kind))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -54,7 +66,7 @@ class HeadLoss(torch.autograd.Function):
         loss_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         cross_entropy_kernel[(len(x_ND),)](
             logits_NV, target_N, loss_N, vocab, logits_NV.stride(0), 1 / len(x_ND),
-            GRADIENT=any(ctx.needs_input_grad), BLOCK=4096, num_warps=8,
+            GRADIENT=any(ctx.needs_input_grad), BLOCK=4096, num_warps=16,
         )  # fmt: skip
         ctx.save_for_backward(x_ND, padded, logits_NV)
         ctx.rows = len(head_VD)

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.fused.beside import beside
 from models.fused.swiglu import swiglu, swiglu_backward
 
-ROWS = 16
+ROWS = 64
 """Tokens that one program routes."""
 
 
@@ -35,12 +36,15 @@ def route_kernel(
         x = tl.load(
             x_ptr + rows.to(tl.int64)[:, None] * width + cols[None, :],
             here[:, None] & (cols < width)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        router = tl.load(
-            router_ptr + expert[:, None] * width + cols[None, :],
-            (expert < experts)[:, None] & (cols < width)[None, :], other=0.0,
         )  # fmt: skip
-        logits += tl.sum(x[:, None, :] * router[None, :, :], 2)
+        router = tl.load(
+            router_ptr + expert[None, :] * width + cols[:, None],
+            (expert < experts)[None, :] & (cols < width)[:, None], other=0.0,
+        )  # fmt: skip
+        # Two bf16 pieces keep 16 bits of a weight; what the sum loses is more.
+        rough = router.to(x.dtype)
+        logits = tl.dot(x, rough, logits)
+        logits = tl.dot(x, (router - rough.to(tl.float32)).to(x.dtype), logits)
     at = rows[:, None] * experts + expert[None, :]
     known = here[:, None] & (expert < experts)[None, :]
     tl.store(logits_ptr + at, logits, known)
@@ -204,7 +208,7 @@ class Route(NamedTuple):
 
 def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
     tokens, (experts, width) = len(x_ND), router_ED.shape
-    blocks, padded = triton.cdiv(tokens, ROWS), triton.next_power_of_2(experts)
+    blocks, padded = triton.cdiv(tokens, ROWS), max(16, triton.next_power_of_2(experts))
     exact, whole = router_ED.new_empty, router_ED.new_empty
     found = Route(
         logits_NE=exact(tokens, experts),
@@ -222,7 +226,7 @@ def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
     z = exact(blocks)
     route_kernel[(blocks,)](
         x_ND, router_ED, found.logits_NE, found.chosen_NC, found.weight_NC, count, chance, z,
-        tokens, width, experts, CHOICES=choices, ROWS=ROWS, EXPERTS=padded, BLOCK=128, num_warps=8,
+        tokens, width, experts, CHOICES=choices, ROWS=ROWS, EXPERTS=padded, BLOCK=128,
     )  # fmt: skip
     place_kernel[(blocks,)](
         found.chosen_NC, found.weight_NC, count, chance, z,
@@ -255,6 +259,10 @@ def combine(
     return out_ND
 
 
+def grouped(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight, offs=ends_E)
+
+
 class Experts(torch.autograd.Function):
     """x (N, D) bf16, router (E, D) float32, gate and up projections side by side (E, 2F, D), down
     (E, D, F) -> y (N, D), the balance loss, the z-loss, and without gradients the experts chosen
@@ -266,10 +274,10 @@ class Experts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         to = route(x_ND, router_ED, choices)
         x_MD = gather(x_ND, to.token_M)
-        gate_up_MF = F.grouped_mm(x_MD, gate_up.mT, offs=to.ends_E)
+        gate_up_MF = grouped(x_MD, gate_up.mT, to.ends_E)
         # Weighed here and not after `down`: the weights' gradient then needs no product again.
         h_MF = swiglu(gate_up_MF, to.weight_M)
-        y_MD = F.grouped_mm(h_MF, down.mT, offs=to.ends_E)
+        y_MD = grouped(h_MF, down.mT, to.ends_E)
         ctx.save_for_backward(
             x_ND, router_ED, gate_up, down, x_MD, gate_up_MF, h_MF,
             to.logits_NE, to.chosen_NC, to.weight_NC, to.row_NC, to.token_M, to.weight_M,
@@ -285,11 +293,11 @@ class Experts(torch.autograd.Function):
             logits_NE, chosen_NC, weight_NC, row_NC, token_M, weight_M, ends_E, load_E,
         ) = ctx.saved_tensors  # fmt: skip
         grad_MD = gather(grad_ND.contiguous(), token_M)
-        grad_down = F.grouped_mm(grad_MD.T, h_MF, offs=ends_E)
-        grad_h_MF = F.grouped_mm(grad_MD, down, offs=ends_E)
+        grad_down = beside(down, grouped, grad_MD.T, h_MF, ends_E)
+        grad_h_MF = grouped(grad_MD, down, ends_E)
         grad_MF, grad_weight_M = swiglu_backward(grad_h_MF, gate_up_MF, weight_M)
-        grad_gate_up = F.grouped_mm(grad_MF.T, x_MD, offs=ends_E)
-        grad_x_MD = F.grouped_mm(grad_MF, gate_up, offs=ends_E)
+        grad_gate_up = beside(gate_up, grouped, grad_MF.T, x_MD, ends_E)
+        grad_x_MD = grouped(grad_MF, gate_up, ends_E)
 
         slope_NE = torch.empty_like(logits_NE)
         tokens, experts = logits_NE.shape

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.fused.linear import weight_gradient
+
 
 @triton.jit
 def rotate_kernel(
@@ -125,5 +127,5 @@ class Project(torch.autograd.Function):
             KV_HEADS=triton.next_power_of_2(ctx.kv_heads), HALF=size // 2,
             BLOCK=triton.next_power_of_2(size // 2),
         )  # fmt: skip
-        flat = packed.flatten(0, 1)
-        return packed @ weight, flat.T @ x_BTD.flatten(0, 1), None, None, None
+        grad_weight = weight_gradient(weight, packed, x_BTD)
+        return packed @ weight, grad_weight, None, None, None

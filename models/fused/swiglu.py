@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.fused.linear import weight_gradient
+
 
 @triton.jit
 def swiglu_kernel(
@@ -27,21 +29,27 @@ def swiglu_backward_kernel(
     WEIGHED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    mask = cols < width
-    at = row * 2 * width + cols
-    gate = tl.load(gate_up_ptr + at, mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + at + width, mask, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + row * width + cols, mask, other=0.0).to(tl.float32)
-    open = tl.sigmoid(gate)
-    silu = gate * open
+    weight = 1.0
     if WEIGHED:
-        tl.store(grad_weight_ptr + row, tl.sum(grad * silu * up))
-        grad *= tl.load(weight_ptr + row)
-    grad_gate = grad * up * open * (1.0 + gate * (1.0 - open))
+        weight = tl.load(weight_ptr + row)
     kind = grad_gate_up_ptr.dtype.element_ty
-    tl.store(grad_gate_up_ptr + at, grad_gate.to(kind), mask)
-    tl.store(grad_gate_up_ptr + at + width, (grad * silu).to(kind), mask)
+    along = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < width
+        at = row * 2 * width + cols
+        gate = tl.load(gate_up_ptr + at, mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + at + width, mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row * width + cols, mask, other=0.0).to(tl.float32)
+        open = tl.sigmoid(gate)
+        silu = gate * open
+        along += grad * silu * up
+        grad *= weight
+        grad_gate = grad * up * open * (1.0 + gate * (1.0 - open))
+        tl.store(grad_gate_up_ptr + at, grad_gate.to(kind), mask)
+        tl.store(grad_gate_up_ptr + at + width, (grad * silu).to(kind), mask)
+    if WEIGHED:
+        tl.store(grad_weight_ptr + row, tl.sum(along))
 
 
 def swiglu(gate_up_MF: Tensor, weight_M: Tensor | None = None) -> Tensor:
@@ -64,7 +72,7 @@ def swiglu_backward(
     grad_weight = None if weight_M is None else torch.empty_like(weight_M)
     swiglu_backward_kernel[(rows,)](
         grad_MF, gate_up_MF, weight_M, grad_gate_up, grad_weight, width,
-        WEIGHED=weight_M is not None, BLOCK=triton.next_power_of_2(width),
+        WEIGHED=weight_M is not None, BLOCK=512,
     )  # fmt: skip
     return grad_gate_up, grad_weight
 
@@ -82,4 +90,5 @@ class GateUp(torch.autograd.Function):
     def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
         x_ND, gate_up_FD, gate_up_NF = ctx.saved_tensors
         grad, _ = swiglu_backward(grad_NF.contiguous(), gate_up_NF)
-        return grad @ gate_up_FD, grad.T @ x_ND
+        grad_weight = weight_gradient(gate_up_FD, grad, x_ND)
+        return grad @ gate_up_FD, grad_weight
