@@ -247,9 +247,11 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     """Sequences at a time, gradients added up; a mixture's balance loss is then that of each micro-
     batch, which is not quite that of the whole. None: the batch at once."""
+    fused: bool = True
+    """Triton kernels for bf16 on CUDA, and one bf16 copy of the weights cast once a step; off:
+    torch's own operations under autocast."""
     capture: Literal["auto", "on", "off"] = "auto"
-    """Run the training step as one CUDA graph (bf16 on CUDA). auto: in phases long enough for it to
-    pay."""
+    """Run the fused step as one CUDA graph. auto: in phases long enough for it to pay."""
     weight_decay: float = 0.01
     """Decoupled, on matrices and embeddings; gains of norms are left alone."""
     grad_clip: float = 1.0

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Growth, Run, TrainingConfig
-from models import SLM, next_token_loss
+from models import SLM, fused, next_token_loss
 from transfer import GrowthError, State, grow
 from utils.capture import Captured, captures
 from utils.cli import parse, run_command
@@ -39,6 +39,7 @@ from utils.signals import Stopped, held
 
 def main(run: Run) -> None:
     device = choose_device(run.device)
+    fused.enabled = run.training.fused
     found = stages(run)  # every phase is checked before any work
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:

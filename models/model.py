@@ -143,14 +143,6 @@ def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple
     return x_BTD, norm(x_BTD)
 
 
-def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    if fuses(x):
-        from models.fused.linear import Linear
-
-        return Linear.apply(x, lowered(layer.weight))
-    return layer(x)
-
-
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -199,7 +191,7 @@ class Attention(nn.Module):
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
         )
-        return linear(y_BHTK.transpose(1, 2).flatten(2), self.o_proj)
+        return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
     def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """Queries (B, H, T, K), keys and values (B, G, T, K), turned by their rotary angles."""
@@ -236,7 +228,7 @@ class MLP(nn.Module):
 
             weight = side_by_side(self, self.PACKED)
             h_NF = GateUp.apply(x_BTD.flatten(0, 1), weight)
-            return linear(h_NF, self.down_proj).view(x_BTD.shape)
+            return self.down_proj(h_NF).view(x_BTD.shape)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from config import TrainingConfig
 from models import SLM, axes
 from models.fused.adamw import Part, Table
-from models.fused.beside import beside
 from models.fused.cross_entropy import pad_rows
 from transfer import State
 
@@ -50,7 +49,6 @@ class Masters:
     def step(self) -> Tensor:
         """One step from the leaves' gradients, which are then gone. Returns their norm; where that
         is not finite everything is left as it was."""
-        beside.wait()
         self.grads = [table.grads() for table in self.tables]
         if not torch.cuda.is_current_stream_capturing():
             self.locate()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from config import TrainingConfig
-from models import SLM
-from models.fused import has_triton
+from models import SLM, fused
 from transfer import State
 
 
@@ -25,7 +24,7 @@ class Optimizer(Protocol):
 def wake(state: State, settings: TrainingConfig, dtype: torch.dtype) -> Optimizer:
     """An optimizer around the tensors of `state`, with the memory it had."""
     device = next(iter(state.weights.values())).device
-    if device.type == "cuda" and dtype == torch.bfloat16 and has_triton():
+    if fused.available(device, dtype):
         from utils.masters import Masters
 
         return Masters(state, settings)

@@ -23,7 +23,8 @@ SCHEMA = 1
 KEPT = 2
 FREE = (
     "data.", "device", "dry_run", "out", "overwrite", "precision", "resume",
-    "training.capture", "training.checkpoint_every", "training.micro_batch_size",
+    "training.capture", "training.checkpoint_every", "training.fused",
+    "training.micro_batch_size",
 )  # fmt: skip
 """Settings that may change between a run and its resumption (the tokens themselves may not)."""
 

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 
+enabled = True
+"""Whether the kernels are used where they can be, like torch.backends' flags."""
+
+
 @cache
 def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    return enabled and device.type == "cuda" and dtype == torch.bfloat16 and has_triton()
+
+
 def fuses(x: Tensor) -> bool:
-    """Whether the fused kernels do this: on CUDA, under autocast to bf16, where Triton is there."""
-    return x.is_cuda and torch.is_autocast_enabled("cuda") and is_bf16() and has_triton()
-
-
-def is_bf16() -> bool:
-    return torch.get_autocast_dtype("cuda") == torch.bfloat16
+    """Whether the kernels compute this: under autocast to bf16 on CUDA."""
+    lowers = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return lowers and available(x.device, torch.get_autocast_dtype("cuda"))

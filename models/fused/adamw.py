@@ -37,7 +37,8 @@ def square_kernel(table_ptr, size_ptr, square_ptr, KIND: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def adamw_kernel(
-    table_ptr, size_ptr, owner_ptr, step_ptr, decay_ptr, lr_ptr, clip_ptr, beta1, beta2, eps,
+    table_ptr, size_ptr, owner_ptr, bias1_ptr, bias2_ptr, decay_ptr, lr_ptr, clip_ptr,
+    beta1, beta2, eps,
     KIND: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
@@ -45,12 +46,9 @@ def adamw_kernel(
         row = tl.program_id(0).to(tl.int64)
         size = tl.load(size_ptr + row)
         owner = tl.load(owner_ptr + row)
-        step = tl.load(step_ptr + owner).to(tl.float64)
         lr = tl.load(lr_ptr)
-        bias1 = 1.0 - tl.exp2(step * tl.log2(tl.full([], beta1, tl.float64)))
-        bias2 = 1.0 - tl.exp2(step * tl.log2(tl.full([], beta2, tl.float64)))
-        pace = lr / bias1.to(tl.float32)
-        root = tl.sqrt(bias2.to(tl.float32))
+        pace = lr / tl.load(bias1_ptr + owner)
+        root = 1.0 / tl.sqrt(tl.load(bias2_ptr + owner))
         kept = 1.0 - lr * tl.load(decay_ptr + owner)
         master_ptr = address(table_ptr, row, 0, tl.float32)
         exp_avg_ptr = address(table_ptr, row, 1, tl.float32)
@@ -65,7 +63,7 @@ def adamw_kernel(
             exp_avg_sq = tl.load(exp_avg_sq_ptr + at, here, other=0.0)
             exp_avg += (1.0 - beta1) * (grad - exp_avg)
             exp_avg_sq = beta2 * exp_avg_sq + (1.0 - beta2) * grad * grad
-            master = master * kept - pace * exp_avg / (tl.sqrt(exp_avg_sq) / root + eps)
+            master = master * kept - pace * exp_avg / (tl.sqrt(exp_avg_sq) * root + eps)
             tl.store(master_ptr + at, master, here)
             tl.store(exp_avg_ptr + at, exp_avg, here)
             tl.store(exp_avg_sq_ptr + at, exp_avg_sq, here)
@@ -146,7 +144,8 @@ class Table:
     ) -> None:
         """`steps` and `decays` by the number of the parameter; gradients are multiplied by `clip`,
         and everything is left as it was where that is negative."""
+        biases = [(1 - beta ** steps.double()).float() for beta in betas]
         adamw_kernel[(len(self.size),)](
-            self.table, self.size, self.owner, steps, decays, lr, clip, *betas, eps,
+            self.table, self.size, self.owner, *biases, decays, lr, clip, *betas, eps,
             KIND=self.kind, COPY=self.kind == tl.bfloat16, BLOCK=1024, num_warps=8,
         )  # fmt: skip

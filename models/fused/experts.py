@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.beside import beside
 from models.fused.swiglu import swiglu, swiglu_backward
 
 ROWS = 64
@@ -293,10 +292,10 @@ class Experts(torch.autograd.Function):
             logits_NE, chosen_NC, weight_NC, row_NC, token_M, weight_M, ends_E, load_E,
         ) = ctx.saved_tensors  # fmt: skip
         grad_MD = gather(grad_ND.contiguous(), token_M)
-        grad_down = beside(down, grouped, grad_MD.T, h_MF, ends_E)
+        grad_down = grouped(grad_MD.T, h_MF, ends_E)
         grad_h_MF = grouped(grad_MD, down, ends_E)
         grad_MF, grad_weight_M = swiglu_backward(grad_h_MF, gate_up_MF, weight_M)
-        grad_gate_up = beside(gate_up, grouped, grad_MF.T, x_MD, ends_E)
+        grad_gate_up = grouped(grad_MF.T, x_MD, ends_E)
         grad_x_MD = grouped(grad_MF, gate_up, ends_E)
 
         slope_NE = torch.empty_like(logits_NE)

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.linear import weight_gradient
-
 
 @triton.jit
 def rotate_kernel(
@@ -127,5 +125,5 @@ class Project(torch.autograd.Function):
             KV_HEADS=triton.next_power_of_2(ctx.kv_heads), HALF=size // 2,
             BLOCK=triton.next_power_of_2(size // 2),
         )  # fmt: skip
-        grad_weight = weight_gradient(weight, packed, x_BTD)
+        grad_weight = packed.flatten(0, 1).T @ x_BTD.flatten(0, 1)
         return packed @ weight, grad_weight, None, None, None

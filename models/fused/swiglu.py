@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.linear import weight_gradient
-
 
 @triton.jit
 def swiglu_kernel(
@@ -90,5 +88,4 @@ class GateUp(torch.autograd.Function):
     def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
         x_ND, gate_up_FD, gate_up_NF = ctx.saved_tensors
         grad, _ = swiglu_backward(grad_NF.contiguous(), gate_up_NF)
-        grad_weight = weight_gradient(gate_up_FD, grad, x_ND)
-        return grad @ gate_up_FD, grad_weight
+        return grad @ gate_up_FD, grad.T @ x_ND
