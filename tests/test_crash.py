@@ -55,7 +55,8 @@ KILLS = {
         before train.plot 1, after train.plot 1, before train.forget 1, after train.forget 1""",
 }
 STOPS = """
-    before utils.tokens.learn 1, before utils.tokens.write 1, before train.record_start 1,
+    before utils.tokens.learn 1, before utils.tokens.write 1, after utils.tokens.encoder 1,
+    before train.record_start 1,
     before train.training_step 4, after train.training_step 2, before utils.reporter.evaluate 2,
     before WRITE 7, after WRITE 3, after torch.save 1, before utils.lab.story 2,
     before train.grow 1,

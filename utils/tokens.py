@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from config import DataConfig, InputError, require
 from utils import hub
+from utils.encode import encoder
 from utils.sources import SEPARATOR, Piece
 
 LEARNED_SIZE = 2048
@@ -142,18 +142,13 @@ def write(
     valid: Path,
 ) -> None:
     """Every story's tokens and `eos` after each, in the order in which they come."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    encode, end = encoder(tokenizer, dtype), np.array(eos, dtype).tobytes()
     with train.open("wb") as train_file, valid.open("wb") as valid_file:
         for batch in in_batches(with_bar(pieces)):
-            texts = [piece.text for _, piece in batch]
-            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            ids: dict[bool, list[int]] = {True: [], False: []}
-            for (held_out, piece), encoding in zip(batch, encodings, strict=True):
-                ids[held_out] += encoding.ids
-                if piece.ends:
-                    ids[held_out].append(eos)
-            train_file.write(np.array(ids[False], dtype).tobytes())
-            valid_file.write(np.array(ids[True], dtype).tobytes())
+            encoded = encode([piece.text for _, piece in batch])
+            for (held_out, piece), ids in zip(batch, encoded, strict=True):
+                file = valid_file if held_out else train_file
+                file.write(ids + end if piece.ends else ids)
 
 
 def with_bar(pieces: Iterable[tuple[bool, Piece]]) -> Iterator[tuple[bool, Piece]]:
