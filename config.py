@@ -399,7 +399,8 @@ class Run:
     device: str = "auto"
     """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps, cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the training step; weights and optimizer are float32. auto: bf16 autocast on CUDA."""
+    """Of the training step; weights and optimizer are float32. auto: bf16 autocast on
+    CUDA and on CPUs that have it natively (AVX512-BF16, AMX)."""
     resume: bool = False
     """Go on exactly where the run in `out` stopped."""
     overwrite: bool = False

@@ -21,6 +21,7 @@ from models import SLM, fused, next_token_loss
 from transfer import GrowthError, State, grow
 from utils.capture import Captured, captures
 from utils.cli import parse, run_command
+from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
 from utils.device import autocast, choose_device, reset_peak_memory
 from utils.errors import RunStopped
@@ -40,6 +41,7 @@ from utils.signals import Stopped, held
 def main(run: Run) -> None:
     device = choose_device(run.device)
     fused.enabled = run.training.fused
+    keep_freed_memory()
     found = stages(run)  # every phase is checked before any work
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from config import InputError
+from utils.cpu import has_bf16
 
 
 def choose_device(name: str) -> torch.device:
@@ -31,7 +32,8 @@ def device_name(device: torch.device) -> str:
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What matrix products of a training step are computed in."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        native = device.type == "cuda" or (device.type == "cpu" and has_bf16())
+        precision = "bf16" if native else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

@@ -1,0 +1,27 @@
+"""What a CPU can compute in, and how its memory is kept."""
+
+import ctypes
+
+import torch
+
+NATIVE_BF16 = ("avx512_bf16", "amx_bf16")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
+
+
+def has_bf16() -> bool:
+    """Whether products of bf16 are instructions. Torch emulates them elsewhere, slower than it
+    computes float32, and its own tests for bf16 count that as well."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(able.get(name, False) for name in NATIVE_BF16)
+
+
+def keep_freed_memory() -> None:
+    """Freed buffers are used again and not given back: else the system maps and clears the pages of
+    the largest ones anew in every step. Does nothing where malloc is not glibc's."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # Windows, macOS, a static or another libc
+        return
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, -1)
