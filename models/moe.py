@@ -93,7 +93,7 @@ class MoE(nn.Module):
         y_MD = grouped_linear(h_MF, self.down_proj, ends_E)
 
         y_NCD = y_MD.index_select(0, order_M.argsort()).unflatten(0, weight_NC.shape)
-        y_ND = torch.einsum("ncd,nc->nd", y_NCD, weight_NC.to(y_NCD.dtype))
+        y_ND = (y_NCD * weight_NC.to(y_NCD.dtype)[..., None]).sum(1)
         return y_ND.view(x_BTD.shape), routing
 
 
