@@ -58,7 +58,7 @@ STOPS = """
     before utils.tokens.learn 1, before utils.tokens.write 1, after utils.tokens.encoder 1,
     before train.record_start 1,
     before train.training_step 4, after train.training_step 2, before utils.reporter.evaluate 2,
-    before WRITE 7, after WRITE 3, after torch.save 1, before utils.lab.story 2,
+    before WRITE 7, after WRITE 3, after torch.save 1, before utils.lab.stories 2,
     before train.grow 1,
     after train.grow 1, before train.save_model 2, before utils.history.History.__call__ 5,
     before train.plot 1"""

@@ -12,7 +12,8 @@ from models import SLM
 from transfer import State
 from utils import stories, tokens
 from utils.checkpoint import Checkpoint, save
-from utils.generate import generate, main, story
+from utils.generate import generate, main
+from utils.generate import stories as told_stories
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(300, d_model=24, n_layers=2, n_heads=2, d_ff=40, seq_len=8, tied=False)
@@ -48,7 +49,7 @@ def greedy(model, length):
 
 def drawn(model, length=30, temperature=1.0, top_k=50, seed=0, eos=NEVER):
     generator = torch.Generator().manual_seed(seed)
-    return generate(model, START, length, eos, temperature, top_k, generator)
+    return generate(model, [START], length, eos, temperature, top_k, generator)[0]
 
 
 def test_temperature_0_takes_the_likeliest_token_also_beyond_the_context(model):
@@ -73,7 +74,7 @@ def test_the_draws_follow_from_the_seed_alone_and_stay_among_the_likeliest(model
 def test_the_frequency_of_a_draw_is_its_probability(model):
     chances = (model(torch.tensor([START])).logits[0, -1] / 2).softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    draws = [generate(model, START, 1, NEVER, 2.0, 300, generator)[0] for _ in range(500)]
+    draws = [generate(model, [START], 1, NEVER, 2.0, 300, generator)[0][0] for _ in range(500)]
     found = torch.tensor(draws).bincount(minlength=300) / len(draws)
     assert (found - chances).abs().max() < 0.08  # more than 3.5 standard deviations of any share
 
@@ -83,6 +84,16 @@ def test_it_ends_before_the_end_of_the_text(model):
     for eos in set(want):
         assert drawn(model, temperature=0, eos=eos) == want[: want.index(eos)]
     assert drawn(model, length=0) == []
+
+
+def test_texts_written_together_are_those_written_alone(model):
+    starts = [[5], START, [9] * (CONFIG.seq_len + 3), [20, 21]]
+    alone = [generate(model, [start], 30, NEVER, 0, 1, None)[0] for start in starts]
+    assert generate(model, starts, 30, NEVER, 0, 1, None) == alone
+    eos = alone[1][4]  # some end, others go on
+    ended = [text[: text.index(eos)] if eos in text else text for text in alone]
+    assert generate(model, starts, 30, eos, 0, 1, None) == ended
+    assert generate(model, [], 30, NEVER, 0, 1, None) == []
 
 
 def test_a_story_begins_with_its_prompt_and_goes_on(model, checkpoint, capsys):
@@ -95,7 +106,8 @@ def test_a_story_begins_with_its_prompt_and_goes_on(model, checkpoint, capsys):
     assert capsys.readouterr().out != told
     tokenizer = Tokenizer.from_str(torch.load(checkpoint)["tokenizer"])
     generator = torch.Generator().manual_seed(0)
-    assert told == story(model, tokenizer, 0, PROMPT, 20, generator=generator) + "\n"
+    want = told_stories(model, tokenizer, 0, [PROMPT], 20, generator=generator)
+    assert told == want[0] + "\n"
 
 
 @pytest.mark.parametrize(

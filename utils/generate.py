@@ -1,10 +1,12 @@
 """Stories from a model:  python -m utils.generate CHECKPOINT "Once upon a time"."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from config import require
 from models import SLM
@@ -16,23 +18,30 @@ from utils.device import choose_device
 @torch.no_grad()
 def generate(
     model: SLM,
-    tokens: list[int],
+    starts: list[list[int]],
     length: int,
     eos: int,
     temperature: float,
     top_k: int,
     generator: torch.Generator | None,
-) -> list[int]:
-    """Up to `length` tokens after `tokens`, ending before `eos`. Temperature 0: the likeliest."""
+) -> list[list[int]]:
+    """Up to `length` tokens after each of `starts`, ending before `eos`. Temperature 0: the
+    likeliest. All texts are written at once; no token sees what pads the shorter ones, after it."""
     device = next(model.parameters()).device
-    text = list(tokens)
+    texts = [list(start) for start in starts]
+    unfinished = texts
     for _ in range(length):
-        context = torch.tensor([text[-model.config.seq_len :]], device=device)
-        token = pick(model(context).logits[0, -1].float().cpu(), temperature, top_k, generator)
-        if token == eos:
+        if not unfinished:
             break
-        text.append(token)
-    return text[len(tokens) :]
+        contexts = [torch.tensor(text[-model.config.seq_len :]) for text in unfinished]
+        last = [len(context) - 1 for context in contexts]
+        tokens_BT = pad_sequence(contexts, batch_first=True).to(device)
+        logits_BV = model(tokens_BT).logits[range(len(last)), last].float().cpu()
+        drawn = [pick(logits_V, temperature, top_k, generator) for logits_V in logits_BV]
+        for text, token in zip(unfinished, drawn, strict=True):
+            text += [token] * (token != eos)
+        unfinished = [text for text, token in zip(unfinished, drawn, strict=True) if token != eos]
+    return [text[len(start) :] for text, start in zip(texts, starts, strict=True)]
 
 
 def pick(
@@ -45,21 +54,22 @@ def pick(
     return int(index[torch.multinomial(chance, 1, generator=generator)])
 
 
-def story(
+def stories(
     model: SLM,
     tokenizer: Tokenizer,
     eos: int,
-    prompt: str,
+    prompts: Sequence[str],
     length: int,
     temperature: float = 0.8,
     top_k: int = 50,
     generator: torch.Generator | None = None,
-) -> str:
-    """`prompt` and what the model makes of it."""
-    start = tokenizer.encode(prompt, add_special_tokens=False).ids
-    require(len(start) > 0, f"prompt = {prompt!r} is empty")
-    rest = generate(model, start, length, eos, temperature, top_k, generator)
-    return tokenizer.decode(start + rest)
+) -> list[str]:
+    """Each of `prompts` and what the model makes of it."""
+    starts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    for start, prompt in zip(starts, prompts, strict=True):
+        require(len(start) > 0, f"prompt = {prompt!r} is empty")
+    rest = generate(model, starts, length, eos, temperature, top_k, generator)
+    return [tokenizer.decode(start + more) for start, more in zip(starts, rest, strict=True)]
 
 
 def main(
@@ -88,7 +98,8 @@ def main(
     model = saved.state.model().to(choose_device(device)).eval()
     generator = torch.Generator().manual_seed(seed)
     tokenizer = Tokenizer.from_str(saved.tokenizer)
-    print(story(model, tokenizer, saved.eos, prompt, length, temperature, top_k, generator))
+    told = stories(model, tokenizer, saved.eos, [prompt], length, temperature, top_k, generator)
+    print(told[0])
 
 
 if __name__ == "__main__":

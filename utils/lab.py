@@ -1,7 +1,6 @@
 """What all phases of a run share, and what they leave behind."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from transfer import State
 from utils.checkpoint import Checkpoint, save
 from utils.data import Corpus, windows
 from utils.device import autocast, device_name, training_dtype
-from utils.generate import story
+from utils.generate import stories
 from utils.history import History
 from utils.output import versions
 from utils.resume import Keeper
@@ -83,9 +82,16 @@ def samples(state: State, lab: Lab) -> list[str]:
     model = state.model()
     length = lab.run.training.sample_tokens
     generator = torch.Generator().manual_seed(lab.run.seed)
-    draw = partial(story, model, lab.corpus.tokenizer, lab.corpus.eos, generator=generator)
+    corpus = lab.corpus
     with autocast(lab.device, lab.dtype):
-        return [draw(prompt, length) for prompt in PROMPTS if length]
+        return stories(
+            model,
+            corpus.tokenizer,
+            corpus.eos,
+            PROMPTS if length else (),
+            length,
+            generator=generator,
+        )
 
 
 def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -> None:
