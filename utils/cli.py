@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from difflib import get_close_matches
+from typing import TypeVar
 
 from config import PRESETS, InputError, Run
 from utils.errors import RunStopped
 from utils.signals import Stopped, stoppable
 
 INPUT_ERROR, RUN_STOPPED = 2, 1
+T = TypeVar("T")
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -35,8 +37,6 @@ def leave(message: str, code: int) -> None:
 
 def parse(args: list[str]) -> Run:
     """`[PRESET] [--field value ...]` -> Run. Raises InputError where it cannot be one."""
-    import tyro
-
     preset, fields = "full", args
     if args and not args[0].startswith("-"):
         preset, *fields = args
@@ -45,23 +45,38 @@ def parse(args: list[str]) -> Run:
         hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
         raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
     presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    return flags(
+        Run,
+        fields,
+        default=PRESETS[preset](),
+        prog=f"train.py {preset}",
+        description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
+        f"\n\nThe defaults below are those of {preset}.",
+        hint="; the preset comes first" if PRESETS.keys() & set(fields) else "",
+    )
+
+
+def flags(
+    kind: type[T], args: list[str], default: T, prog: str, description: str, hint: str = ""
+) -> T:
+    """`--field value ...` -> a dataclass. Raises InputError, ending in `hint`, if it can't be."""
+    import tyro
+
     said = io.StringIO()
     try:
         with redirect_stderr(said):
             return tyro.cli(
-                Run,
-                args=fields,
-                default=PRESETS[preset](),
-                prog=f"train.py {preset}",
-                description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
-                f"\n\nThe defaults below are those of {preset}.",
+                kind,
+                args=args,
+                default=default,
+                prog=prog,
+                description=description,
                 config=(tyro.conf.AvoidSubcommands,),
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        first = "; the preset comes first" if PRESETS.keys() & set(fields) else ""
-        raise InputError(unframed(said.getvalue()) + first) from None
+        raise InputError(unframed(said.getvalue()) + hint) from None
 
 
 def unframed(box: str) -> str:
