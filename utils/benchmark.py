@@ -1,0 +1,299 @@
+"""Speed and memory of training, phase by phase:  python -m utils.benchmark --peer."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from config import PRESETS, Run, require
+from models import SLM
+from train import batches, training_step
+from transfer import State
+from utils.cli import flags, run_command
+from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
+from utils.lab import Lab
+from utils.measured import Measured, Row
+from utils.occasions import time_growth, time_startup, time_tokens
+from utils.optimizer import rest, wake
+from utils.output import versions
+from utils.peers import Mode, Peer, peer_step, peers
+from utils.pieces import pieces
+from utils.schedule import Stage, flops_per_token, lr_at, stages
+from utils.timing import Rates, Work, captured, clean_slate, measure_rates, timed
+from utils.tokens import LEARNED_SIZE
+
+RANDOM_TOKENS = 1 << 20
+GROWTHS = 3
+"""A growth is timed this often at the most: the model before it is made anew each time."""
+PACKAGES = ("transformers", "triton")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Measures the training step of each phase as train.py runs it, batches included, and what the
+    machine allows: large matrix products and a large copy are timed first. `limit` is the step's
+    products at the one rate plus 38 bytes a parameter at the other. Weights are fresh and the text
+    is random token ids: as fast as any other, but that experts are loaded more evenly than text
+    loads them once they are trained."""
+
+    preset: str = "full"
+    """The preset whose phases are measured."""
+    phases: tuple[int, ...] = ()
+    """Only these, by number; none: all."""
+    batches: tuple[Literal["default"] | int, ...] = ("default", 64)
+    """Sequences in a step; default: the phase's own."""
+    steps: bool = True
+    """Measure the training step."""
+    peer: bool = False
+    """And that of transformers' Llama or Mixtral: same shapes, in the run's precision over float32
+    parameters and in pure bf16."""
+    peer_compile: tuple[Mode, ...] = ()
+    """Both of them through torch.compile in these modes as well."""
+    transitions: bool = False
+    """Measure each growth, Adam's moments included, and a mere copy of what it makes."""
+    tokenise: Path | None = None
+    """Measure how fast this text file becomes tokens."""
+    startup: bool = False
+    """Measure the time from starting train.py to the end of its first step, with cached tokens."""
+    source: str = "builtin"
+    """Text for --startup, as --data.source of train.py."""
+    tokenizer: str = "auto"
+    """For --startup and --tokenise, as --data.tokenizer of train.py."""
+    json: Path | None = None
+    """Write all that was measured there, as one JSON object."""
+    device: str = "auto"
+    """As of train.py."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """As of train.py."""
+    repeats: int = 20
+    """Timed runs of each piece of work; their median counts."""
+    warm_up: int = 5
+    """Runs before them that do not count."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.preset in PRESETS,
+            f"preset = {self.preset} is not there, only {', '.join(PRESETS)}",
+        )
+        count = len(PRESETS[self.preset]().schedule)
+        for number in self.phases:
+            require(1 <= number <= count, f"phases = {number} is not between 1 and {count}")
+        for size in self.batches:
+            require(size == "default" or size >= 1, f"batches = {size} must be at least 1")
+        require(self.repeats >= 1, f"repeats = {self.repeats} must be at least 1")
+        require(self.warm_up >= 0, f"warm_up = {self.warm_up} must not be negative")
+        text, out = self.tokenise, self.json
+        require(text is None or text.is_file(), f"tokenise = {text}: there is no such file")
+        require(
+            out is None or (out.parent.is_dir() and not out.is_dir()),
+            f"json = {out} is no file in a folder that is there",
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements share."""
+
+    options: Benchmark
+    run: Run
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, options: Benchmark) -> "Bench":
+        run, device = PRESETS[options.preset](), choose_device(options.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # whose streams the events and the captured graphs take
+        model = replace(run.model, vocab_size=run.model.vocab_size or LEARNED_SIZE)
+        run = replace(run, model=model, precision=options.precision)
+        return cls(options, run, device, training_dtype(options.precision, device))
+
+    def timed(self, work: Work) -> float:
+        return timed(work, self.device, self.options.repeats, self.options.warm_up)
+
+    def rates(self) -> Rates:
+        small, options = self.device.type == "cpu", self.options
+        return measure_rates(self.device, self.dtype, options.repeats, options.warm_up, small)
+
+    def stages(self) -> list[Stage]:
+        """Those to measure, at each of the batches."""
+        found = []
+        for stage in filter(self.wants, stages(self.run)):
+            own = stage.phase.batch_size
+            for size in dict.fromkeys(own if b == "default" else b for b in self.options.batches):
+                found.append(replace(stage, phase=replace(stage.phase, batch_size=size)))
+        return found
+
+    def wants(self, stage: Stage) -> bool:
+        return not self.options.phases or stage.number in self.options.phases
+
+
+class Training(NamedTuple):
+    """A model in training."""
+
+    step: Callable[[], None]
+    """The next training step on the next batch."""
+    model: SLM
+    optimizer: torch.optim.AdamW
+
+
+def training(stage: Stage, run: Run, device: torch.device, dtype: torch.dtype) -> Training:
+    """A fresh model of the phase, trained on random tokens by train.py's own step and batches."""
+    torch.manual_seed(run.seed)
+    with torch.device(device):
+        model, optimizer = wake(State.of(SLM(stage.config)), run.training)
+    vocab_size = stage.config.vocab_size
+    dtype_on_disk = np.uint16 if vocab_size <= 2**16 else np.uint32
+    text = np.random.default_rng(run.seed).integers(vocab_size, size=RANDOM_TOKENS)
+    corpus = SimpleNamespace(train=text.astype(dtype_on_disk))
+    # What the batches and the step read of a Lab.
+    lab = cast("Lab", SimpleNamespace(run=run, corpus=corpus, device=device, dtype=dtype))
+    endless = replace(stage, phase=replace(stage.phase, steps=sys.maxsize))
+    stream = batches(endless, lab, 0)
+
+    def step() -> None:
+        training_step(model, optimizer, next(stream), lr_at(0, stage.phase, run.training), lab)
+
+    return Training(step, model, optimizer)
+
+
+def speed(row: Row, stage: Stage, make: Callable[[], Work], rates: Rates, bench: Bench) -> Row:
+    """`row` with the time and memory of the step that `make` makes."""
+    tokens = stage.tokens_per_step
+    row |= {"phase": stage.number, "name": stage.name, "batch": stage.phase.batch_size}
+    row |= {"context": stage.config.seq_len, "params": stage.config.num_params}
+    row |= {"active_params": stage.config.num_active_params}
+    limit_s = rates.limit_s(stage.config, tokens)
+    row |= {"limit_tokens_per_s": tokens / limit_s}
+    clean_slate(bench.device)
+    try:
+        seconds = bench.timed(make())
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory"}
+    flops = tokens * flops_per_token(stage.config)
+    return row | {
+        "ms": 1e3 * seconds,
+        "tokens_per_s": tokens / seconds,
+        "mfu": flops / seconds / rates.flops_per_s,
+        "of_limit": limit_s / seconds,
+        "peak_memory_gb": peak_memory_gb(bench.device),
+    }
+
+
+def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
+    """Of this project's step, with the shares of its pieces."""
+    awake: list[Training] = []
+
+    def make() -> Work:
+        awake.append(training(stage, bench.run, bench.device, bench.dtype))
+        return awake[0].step
+
+    row = speed({"model": "this project"}, stage, make, rates, bench)
+    if "ms" not in row:
+        return row
+    try:
+        return row | shares(awake[0], stage, cast("float", row["ms"]) / 1e3, bench)
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory while its pieces were timed"}
+
+
+def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
+    settings, size = bench.run.training, stage.phase.batch_size
+    make = partial(peer_step, peer, stage.config, size, settings, bench.device, bench.dtype)
+    row: Row = {"model": peer.label(stage.config, bench.dtype)}
+    return speed(row, stage, make, rates, bench)
+
+
+def shares(awake: Training, stage: Stage, step_s: float, bench: Bench) -> dict[str, float]:
+    """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it; `other`
+    is what they leave: norms, embedding, clipping, data, and a device that waits for its host."""
+    work = pieces(awake.model, awake.optimizer, stage.phase.batch_size, bench.dtype)
+    found = {
+        f"{name}_share": bench.timed(captured(work[name], bench.device)) / step_s for name in work
+    }
+    return found | {"other_share": max(0.0, 1 - sum(found.values()))}
+
+
+def transition(before: Stage, after: Stage, bench: Bench) -> Row:
+    def at_rest() -> State:
+        awake = training(before, bench.run, bench.device, bench.dtype)
+        awake.step()
+        return rest(awake.model, awake.optimizer)
+
+    row: Row = {"name": f"{before.name} -> {after.name}"}
+    repeats = min(GROWTHS, bench.options.repeats)
+    try:
+        return row | time_growth(at_rest, after, bench.device, bench.run.seed, repeats)
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory"}
+
+
+def machine(bench: Bench) -> Row:
+    cuda = bench.device.type == "cuda"
+    return {
+        "device": device_name(bench.device),
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cuda": torch.version.cuda if cuda else None,
+        **versions(),
+        **{name: installed(name) for name in PACKAGES},
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(options: Benchmark) -> None:
+    bench = Bench.of(options)
+    rivals = peers(options.peer, options.peer_compile)
+    found = bench.stages() if options.steps or rivals else []
+    measured = Measured(options.json, options=asdict(options), machine=machine(bench))
+    if found:
+        rates = bench.rates()
+        measured.add("rates", rates._asdict())
+        for stage in found:
+            if options.steps:
+                measured.add("steps", own_step(stage, rates, bench))
+            for peer in rivals:
+                measured.add("steps", peer_row(peer, stage, rates, bench))
+    if options.transitions:
+        for before, after in pairwise(stages(bench.run)):
+            if after.phase.grow is not None and bench.wants(after):
+                measured.add("transitions", transition(before, after, bench))
+    if options.tokenise is not None:
+        row: Row = {"file": str(options.tokenise)}
+        measured.add("tokenise", row | time_tokens(options.tokenise, options.tokenizer))
+    if options.startup:
+        args = ["--device", options.device, "--precision", options.precision]
+        args += ["--data.source", options.source, "--data.tokenizer", options.tokenizer]
+        seconds = time_startup(options.preset, args)
+        measured.add("startup", {"preset": options.preset, "first_step_s": seconds})
+    print(f"\n{measured}")
+
+
+if __name__ == "__main__":
+    run_command(
+        lambda: main(
+            flags(
+                Benchmark,
+                sys.argv[1:],
+                default=Benchmark(),
+                prog="python -m utils.benchmark",
+                description=Benchmark.__doc__ or "",
+            )
+        )
+    )

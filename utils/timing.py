@@ -1,0 +1,112 @@
+"""How long work takes on a device, and how fast the device could be."""
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from config import ModelConfig
+from utils.device import reset_peak_memory, wait_for
+from utils.schedule import flops_per_token
+
+Work = Callable[[], object]
+
+BYTES_PER_STEP = 38
+"""Of memory traffic per parameter in a step with float32 weights and moments, at the least: Adam
+reads and writes weight and moments (24), the gradient is written and read (8), and a bf16 copy
+of the weight is written once and read forward and backward (6)."""
+LAUNCHES = 3
+"""Runs of some work before it is captured."""
+RATE_CALLS = 10
+"""Products or copies in one measurement: a single one is over before the clocks have settled."""
+
+
+class Rates(NamedTuple):
+    """What the device does at best, measured."""
+
+    flops_per_s: float
+    """Large matrix products in the training step's precision."""
+    bytes_per_s: float
+    """A large copy, what is read and what is written."""
+
+    def limit_s(self, config: ModelConfig, tokens: int) -> float:
+        """Seconds that a step can't do without: its products, then its traffic, at these rates."""
+        compute = tokens * flops_per_token(config) / self.flops_per_s
+        return compute + BYTES_PER_STEP * config.num_params / self.bytes_per_s
+
+
+def timed(work: Work, device: torch.device, repeats: int, warm_up: int) -> float:
+    """Median seconds of `repeats` runs, one after the other, after `warm_up` that do not count."""
+    for _ in range(warm_up):
+        work()
+    wait_for(device)
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        wait_for(device)
+        return median(start.elapsed_time(end) for start, end in pairwise(marks)) / 1e3
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        wait_for(device)
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def measure_rates(
+    device: torch.device, dtype: torch.dtype, repeats: int, warm_up: int, small: bool
+) -> Rates:
+    """`small`: on less than a GPU needs to get up to speed."""
+    size, numbers = (1024, 1 << 24) if small else (8192, 1 << 28)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+
+    def multiply() -> None:
+        for _ in range(RATE_CALLS):
+            torch.mm(a, b, out=product)
+
+    multiply_s = timed(multiply, device, repeats, warm_up) / RATE_CALLS
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(RATE_CALLS):
+            target.copy_(source)
+
+    copy_s = timed(copy, device, repeats, warm_up) / RATE_CALLS
+    return Rates(2 * size**3 / multiply_s, 2 * source.nbytes / copy_s)
+
+
+def captured(work: Work, device: torch.device) -> Work:
+    """`work` without the time that the host takes to launch it: on CUDA as a captured graph."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(LAUNCHES):
+            work()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def clean_slate(device: torch.device) -> None:
+    """Gives back what the last measurement held, so that the next one's peak is its own."""
+    if "torch._dynamo" in sys.modules:  # what was compiled may hold a pool of captured graphs
+        torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak_memory(device)
