@@ -247,6 +247,9 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     """Sequences at a time, gradients added up; a mixture's balance loss is then that of each micro-
     batch, which is not quite that of the whole. None: the batch at once."""
+    lean: bool = False
+    """AdamW with 24-bit weights and 8-bit moments (flashoptim, CUDA): 7 bytes a parameter instead
+    of 16. Between phases Adam's memory, 8 bytes a parameter, is on the CPU."""
     fused: bool = True
     """Triton kernels for bf16 on CUDA, and one bf16 copy of the weights cast once a step; off:
     torch's own operations under autocast."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,17 +20,17 @@ from tqdm import tqdm
 from config import Growth, Run, TrainingConfig
 from models import SLM, fused, next_token_loss
 from transfer import GrowthError, State, grow
-from utils.capture import Captured, captures
+from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
-from utils.device import autocast, choose_device, reset_peak_memory
+from utils.device import autocast, choose_device, reset_peak_memory, training_dtype
 from utils.errors import RunStopped
 from utils.files import sweep_parts
 from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
-from utils.optimizer import Optimizer, wake
+from utils.optimizer import Optimizer, check_lean, home, wake
 from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
 from utils.reporter import Reporter
@@ -54,6 +55,7 @@ def main(run: Run) -> None:
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     found = stages(run)
     print(header(run, found, corpus, device))
+    check_lean(run.training, device, training_dtype(run.precision, device))
     check_memory(found, run, device)
     check_disk(run.out, found)
     if run.dry_run:
@@ -68,7 +70,7 @@ def main(run: Run) -> None:
                 record_start(lab)
                 torch.manual_seed(run.seed)
                 state = State.of(SLM(run.model))
-            state = state.to(device)
+            state = home(state, run.training, device)
             for stage in found[place.phase - 1 if place else 0 :]:
                 with within_memory(stage, run.training.micro_batch_size):
                     state = run_phase(state, stage, lab, place)
@@ -95,6 +97,7 @@ def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> Stat
             state = grown(state, stage.phase.grow, stage, lab)
         place = Place.first(stage.number, lab.history, since)
     state, last = train(state, stage, lab, place)
+    state = home(state, lab.run.training, lab.device)
     stories = samples(state, lab)
     save_model(state, stage, lab, stage.checkpoint, trained=True)
     lab.note(
@@ -147,7 +150,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
     optimizer = wake(state, settings, lab.dtype)
     step = stepper(optimizer, settings, lab.dtype, phase.steps - place.step)
     reporter = Reporter(stage, lab, place)
-    stream = batches(stage, lab, place.step)
+    stream = batches(lab.corpus.train, stage, lab.run.seed, lab.device, place.step)
 
     def keep(place: Place) -> None:
         reporter.meter.check(reporter.where)
@@ -176,7 +179,9 @@ def stepper(
 ) -> Callable[[Tensor], Tensor]:
     """What trains on windows (B, T + 1): `training_step`, captured where it pays."""
     step = partial(training_step, optimizer, settings, dtype)
-    return Captured(step, optimizer) if captures(optimizer, settings, steps) else step
+    if wants_capture(settings, steps) and is_capturable(optimizer):
+        return Captured(step, optimizer)
+    return step
 
 
 def training_step(
@@ -196,15 +201,17 @@ def training_step(
     return torch.cat([total, optimizer.step()[None]])
 
 
-def batches(stage: Stage, lab: Lab, done: int) -> Iterator[Tensor]:
+def batches(
+    text: np.ndarray, stage: Stage, seed: int, device: torch.device, done: int = 0
+) -> Iterator[Tensor]:
     """The windows (B, T + 1) of each step after the first `done`: what they hold follows from the
     seed and the step's number in the whole run."""
     config, size = stage.config, stage.phase.batch_size
     for step in range(stage.first_step + done, stage.first_step + stage.phase.steps):
-        tokens = batch(lab.corpus.train, config.seq_len, size, lab.run.seed, step)
-        if lab.device.type == "cuda":
+        tokens = batch(text, config.seq_len, size, seed, step)
+        if device.type == "cuda":
             tokens = tokens.pin_memory()
-        yield tokens.to(lab.device, non_blocking=True)
+        yield tokens.to(device, non_blocking=True)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Causal; `kv_heads` key/value heads serve `n_heads` query heads in groups, in order."""
 
-    PACKED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    PACKED: tuple[str, ...] = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    packed: nn.Parameter | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -198,7 +199,7 @@ class Attention(nn.Module):
         if fuses(x_BTD):
             from models.fused.project import Project
 
-            weight = side_by_side(self, self.PACKED)
+            weight = side_by_side(self)
             return Project.apply(x_BTD, weight, rotation, self.n_heads, self.kv_heads)
         q_BHTK, k_BGTK, v_BGTK = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -212,7 +213,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (2002.05202)."""
 
-    PACKED = ("gate_proj.weight", "up_proj.weight")
+    PACKED: tuple[str, ...] = ("gate_proj.weight", "up_proj.weight")
+    packed: nn.Parameter | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -226,7 +228,7 @@ class MLP(nn.Module):
         if fuses(x_BTD):
             from models.fused.swiglu import GateUp
 
-            weight = side_by_side(self, self.PACKED)
+            weight = side_by_side(self)
             h_NF = GateUp.apply(x_BTD.flatten(0, 1), weight)
             return self.down_proj(h_NF).view(x_BTD.shape)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -61,7 +61,8 @@ def count(chosen_NC: Tensor, num_experts: int) -> Tensor:
 class MoE(nn.Module):
     """SwiGLU experts, stacked along the first dimension of each projection."""
 
-    PACKED = ("gate_proj", "up_proj")
+    PACKED: tuple[str, ...] = ("gate_proj", "up_proj")
+    packed: nn.Parameter | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -77,7 +78,7 @@ class MoE(nn.Module):
         if fuses(x_ND) and has_grouped_mm(lowered(self.down_proj)):
             from models.fused.experts import Experts
 
-            gate_up, down = side_by_side(self, self.PACKED), lowered(self.down_proj)
+            gate_up, down = side_by_side(self), lowered(self.down_proj)
             router = self.router
             y_ND, balance, z, chosen_NC, load_E = Experts.apply(
                 lowered(x_ND), router.weight, gate_up, down, router.top_k

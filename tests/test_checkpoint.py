@@ -13,7 +13,7 @@ from config import Deepen, InputError, TrainingConfig, Upcycle, Widen
 from models import SLM
 from transfer import State
 from utils.checkpoint import SCHEMA, Checkpoint, load, save
-from utils.optimizer import rest, wake
+from utils.optimizer import wake
 
 resource = pytest.importorskip("resource")
 
@@ -141,24 +141,24 @@ def test_training_goes_on_after_a_rest_as_if_there_had_been_none():
     ends = []
     for rests in (False, True):
         torch.manual_seed(0)
-        model, optimizer = wake(State.of(SLM(DENSE)), TrainingConfig())
+        optimizer = wake(State.of(SLM(DENSE)), TrainingConfig(), torch.float32)
         for seed in range(4):
             if rests:
-                model, optimizer = wake(rest(model, optimizer), TrainingConfig())
-            next_token_loss(model, windows(DENSE, seed=seed)).backward()
+                optimizer = wake(optimizer.rest(), TrainingConfig(), torch.float32)
+            optimizer.set_lr(1e-3)
+            next_token_loss(optimizer.model, windows(DENSE, seed=seed)).backward()
             optimizer.step()
-            optimizer.zero_grad()
-        ends.append(rest(model, optimizer))
+        ends.append(optimizer.rest())
     for name, weight in ends[0].weights.items():
         assert torch.equal(ends[1].weights[name], weight)
         assert all(torch.equal(ends[1].adam[name][key], m) for key, m in ends[0].adam[name].items())
 
 
 def test_gains_are_not_decayed_and_all_else_is():
-    model, optimizer = wake(State.of(SLM(DENSE)), TrainingConfig(weight_decay=0.5))
+    optimizer = wake(State.of(SLM(DENSE)), TrainingConfig(weight_decay=0.5), torch.float32)
+    model = optimizer.model
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
+    optimizer.set_lr(0.1)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()

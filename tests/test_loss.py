@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import models.loss
-from models import next_token_loss
+from models import Output, next_token_loss
 from models.loss import CrossEntropy
 
 CHUNK = 100
@@ -68,5 +68,10 @@ def test_logits_are_left_as_they_were_and_keep_nothing_where_no_gradient_is_aske
 def test_each_position_is_held_to_the_token_after_it():
     tokens = torch.tensor([[0, 1, 2], [3, 4, 0]])
     sure = 50.0 * F.one_hot(tokens[:, 1:], 5)
-    assert next_token_loss(sure, tokens) < 1e-6
-    assert next_token_loss(sure.roll(1, -1), tokens) == pytest.approx(50)
+    assert next_token_loss(saying(sure), tokens) < 1e-6
+    assert next_token_loss(saying(sure.roll(1, -1)), tokens) == pytest.approx(50)
+
+
+def saying(logits):
+    """The output of a model with such logits."""
+    return Output(logits, torch.eye(5), 5, ())

@@ -102,13 +102,12 @@ def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
         next_token_loss(model(tokens[:, :-1]), tokens).backward()
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     # By convention parameters that multiply without a sum, the gains, count as if they had one;
-    # half of attention is masked away; weighing the chosen experts is left out.
+    # half of attention is masked away.
     gains = 6 * (2 * config.n_layers + 1) * config.d_model
     half = 6 * config.n_layers * config.d_model * config.seq_len
-    weighing = 6 * config.n_layers * config.d_model * config.top_k if config.num_experts else 0
     per_token = flops_per_token(config)
     assert counted["aten.mm"] == tokens[:, 1:].numel() * (per_token - gains - half)
-    assert counted["aten.bmm"] == tokens[:, 1:].numel() * (2 * half + weighing)
+    assert counted["aten.bmm"] == tokens[:, 1:].numel() * 2 * half
 
 
 def test_the_memory_expected_grows_with_the_sequences_at_a_time_and_with_their_precision():

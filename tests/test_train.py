@@ -58,7 +58,8 @@ def own(small, tmp_path):
 
     def own(training=BRIEF, model=MODEL, **phases):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        main(replace(small, model=model, training=training, phases=phases, out=out))
+        run = replace(small, model=model, training=training, phases=phases, out=out, device="cpu")
+        main(run)
         return read(out / HISTORY), [load(out / f"{name}_final.pt") for name in phases]
 
     return own

@@ -34,12 +34,14 @@ class State:
     def of(cls, model: SLM) -> "State":
         return cls(model.config, {name: p.detach() for name, p in model.named_parameters()})
 
-    def to(self, device: torch.device) -> "State":
-        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
+    def to(self, device: torch.device, adam: torch.device | None = None) -> "State":
+        """With Adam's memory on a device of its own, where one is given."""
 
-        adam = {name: moved(moments) for name, moments in self.adam.items()}
-        return State(self.config, moved(self.weights), adam)
+        def moved(tensors: dict[str, Tensor], where: torch.device) -> dict[str, Tensor]:
+            return {name: tensor.to(where) for name, tensor in tensors.items()}
+
+        moments = {name: moved(kept, adam or device) for name, kept in self.adam.items()}
+        return State(self.config, moved(self.weights, device), moments)
 
     def model(self) -> SLM:
         """An SLM around these very tensors. Raises RuntimeError for a missing or misshapen one."""

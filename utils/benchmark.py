@@ -8,22 +8,20 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from config import PRESETS, Run, require
-from models import SLM
-from train import batches, training_step
+from models import SLM, fused
+from train import batches, stepper
 from transfer import State
 from utils.cli import flags, run_command
 from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
-from utils.lab import Lab
 from utils.measured import Measured, Row
 from utils.occasions import time_growth, time_startup, time_tokens
-from utils.optimizer import rest, wake
+from utils.optimizer import Optimizer, wake
 from utils.output import versions
 from utils.peers import Mode, Peer, peer_step, peers
 from utils.pieces import pieces
@@ -140,30 +138,28 @@ class Bench:
 class Training(NamedTuple):
     """A model in training."""
 
-    step: Callable[[], None]
+    step: Work
     """The next training step on the next batch."""
-    model: SLM
-    optimizer: torch.optim.AdamW
+    again: Work
+    """One on a batch that is there already."""
+    optimizer: Optimizer
 
 
 def training(stage: Stage, run: Run, device: torch.device, dtype: torch.dtype) -> Training:
     """A fresh model of the phase, trained on random tokens by train.py's own step and batches."""
     torch.manual_seed(run.seed)
     with torch.device(device):
-        model, optimizer = wake(State.of(SLM(stage.config)), run.training)
+        state = State.of(SLM(stage.config))
+    optimizer = wake(state, run.training, dtype)
+    optimizer.set_lr(lr_at(0, stage.phase, run.training))
+    step = stepper(optimizer, run.training, dtype, sys.maxsize)
     vocab_size = stage.config.vocab_size
     dtype_on_disk = np.uint16 if vocab_size <= 2**16 else np.uint32
     text = np.random.default_rng(run.seed).integers(vocab_size, size=RANDOM_TOKENS)
-    corpus = SimpleNamespace(train=text.astype(dtype_on_disk))
-    # What the batches and the step read of a Lab.
-    lab = cast("Lab", SimpleNamespace(run=run, corpus=corpus, device=device, dtype=dtype))
     endless = replace(stage, phase=replace(stage.phase, steps=sys.maxsize))
-    stream = batches(endless, lab, 0)
-
-    def step() -> None:
-        training_step(model, optimizer, next(stream), lr_at(0, stage.phase, run.training), lab)
-
-    return Training(step, model, optimizer)
+    stream = batches(text.astype(dtype_on_disk), endless, run.seed, device)
+    tokens = next(stream)
+    return Training(lambda: step(next(stream)), lambda: step(tokens), optimizer)
 
 
 def speed(row: Row, stage: Stage, make: Callable[[], Work], rates: Rates, bench: Bench) -> Row:
@@ -201,6 +197,7 @@ def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
     if "ms" not in row:
         return row
     try:
+        row["ms_without_data"] = 1e3 * bench.timed(awake[0].again)
         return row | shares(awake[0], stage, cast("float", row["ms"]) / 1e3, bench)
     except torch.OutOfMemoryError:
         return row | {"error": "out of memory while its pieces were timed"}
@@ -216,10 +213,10 @@ def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
 def shares(awake: Training, stage: Stage, step_s: float, bench: Bench) -> dict[str, float]:
     """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it; `other`
     is what they leave: norms, embedding, clipping, data, and a device that waits for its host."""
-    work = pieces(awake.model, awake.optimizer, stage.phase.batch_size, bench.dtype)
-    found = {
-        f"{name}_share": bench.timed(captured(work[name], bench.device)) / step_s for name in work
-    }
+    work = pieces(awake.optimizer, stage.phase.batch_size, bench.dtype)
+    if fused.available(bench.device, bench.dtype):
+        work = {name: captured(work[name], bench.device) for name in work}
+    found = {f"{name}_share": bench.timed(work[name]) / step_s for name in work}
     return found | {"other_share": max(0.0, 1 - sum(found.values()))}
 
 
@@ -227,7 +224,7 @@ def transition(before: Stage, after: Stage, bench: Bench) -> Row:
     def at_rest() -> State:
         awake = training(before, bench.run, bench.device, bench.dtype)
         awake.step()
-        return rest(awake.model, awake.optimizer)
+        return awake.optimizer.rest()
 
     row: Row = {"name": f"{before.name} -> {after.name}"}
     repeats = min(GROWTHS, bench.options.repeats)

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: launched at once, it does not wait for Python."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,16 +18,19 @@ WORTH = 30
 
 
 @runtime_checkable
-class Capturable(Protocol):
-    """An optimizer whose step asks the host nothing, if it may look around after the capture."""
+class Capturable(Optimizer, Protocol):
+    """One whose step asks the host nothing, if it may look around after the capture."""
 
     def locate(self) -> None: ...
 
 
-def captures(optimizer: Optimizer, settings: TrainingConfig, steps: int) -> bool:
-    """Whether so many steps are worth a capture."""
-    able = isinstance(optimizer, Capturable)
-    return able and settings.capture != "off" and (settings.capture == "on" or steps >= WORTH)
+def wants_capture(settings: TrainingConfig, steps: int) -> bool:
+    """Whether so many steps are to be captured, if they can be."""
+    return settings.capture == "on" or (settings.capture == "auto" and steps >= WORTH)
+
+
+def is_capturable(optimizer: Optimizer) -> TypeGuard[Capturable]:
+    return isinstance(optimizer, Capturable)
 
 
 class Captured:

@@ -3,9 +3,11 @@
 import torch
 
 from config import Run
+from models import fused
+from utils.capture import wants_capture
 from utils.data import Corpus
 from utils.device import device_name, training_dtype
-from utils.schedule import Stage, memory_gb
+from utils.schedule import Stage, stage_memory_gb
 from utils.units import duration, short
 
 LONG_S = 3600.0
@@ -19,25 +21,34 @@ def header(run: Run, found: list[Stage], corpus: Corpus, device: torch.device) -
     """One line per phase: what is trained, on how much, and the memory it is expected to need."""
     tokens = f"{short(len(corpus.train))} training and {short(len(corpus.valid))} held-out tokens"
     name = "BUILT-IN STORIES (no hub)" if corpus.fallback else corpus.name
-    dtype = training_dtype(run.precision, device)
-    precision = "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
     lines = [
         f"data    {name}, {tokens}, vocabulary {corpus.vocab_size:,}",
-        f"device  {device_name(device)}, {precision}",
+        f"device  {device_name(device)}, {way(run, found, device)}",
         f"output  {run.out}, seed {run.seed}",
         "",
     ]
     rows: Rows = [
         ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
     ]
-    rows += [describe(stage, run.training.micro_batch_size, dtype) for stage in found]
+    rows += [describe(stage, run, device) for stage in found]
     return "\n".join([*lines, *table(rows), ""])
 
 
-def describe(stage: Stage, micro: int | None, dtype: torch.dtype) -> tuple[str, ...]:
+def way(run: Run, found: list[Stage], device: torch.device) -> str:
+    """How the training step is computed."""
+    settings, dtype = run.training, training_dtype(run.precision, device)
+    if not fused.available(device, dtype):
+        return "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
+    if settings.lean:
+        return "bf16, fused kernels, lean optimizer"
+    phases = [str(s.number) for s in found if wants_capture(settings, s.phase.steps)]
+    graph = f"one CUDA graph a step in phases {', '.join(phases)}" if phases else "no CUDA graph"
+    return f"bf16, fused kernels, {graph}"
+
+
+def describe(stage: Stage, run: Run, device: torch.device) -> tuple[str, ...]:
     config, phase = stage.config, stage.phase
     kind = f"{config.num_experts} experts, top-{config.top_k}" if config.num_experts else "dense"
-    sequences = min(micro or phase.batch_size, phase.batch_size)
     return (
         f"{stage.number} {stage.name}",
         f"{config.n_layers} x {config.d_model}, {kind}",
@@ -45,7 +56,7 @@ def describe(stage: Stage, micro: int | None, dtype: torch.dtype) -> tuple[str, 
         short(stage.tokens),
         f"{phase.batch_size} x {config.seq_len}",
         f"{phase.lr:g}",
-        f"{memory_gb(config, sequences, dtype):.1f} GB",
+        f"{stage_memory_gb(stage, run, device):.1f} GB",
     )
 
 

@@ -28,18 +28,17 @@ class Masters:
             name: state.adam.get(name) or unmoved(master) for name, master in state.weights.items()
         }
         self.model, copies = working_copy(state)
-        parts = {
-            i: Part(
-                master, self.adam[name]["exp_avg"], self.adam[name]["exp_avg_sq"], *copies[name]
-            )
-            for i, (name, master) in enumerate(state.weights.items())
+        self.parts = {
+            name: Part(master, self.adam[name]["exp_avg"], self.adam[name]["exp_avg_sq"], *copy)
+            for (name, master), copy in zip(state.weights.items(), copies.values(), strict=True)
         }
+        parts = list(self.parts.values())
         self.tables = [
-            Table({i: part for i, part in parts.items() if part.leaf.dtype == dtype})
+            Table({i: part for i, part in enumerate(parts) if part.leaf.dtype == dtype})
             for dtype in (torch.bfloat16, torch.float32)
         ]
         self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
-        decays = [settings.weight_decay * (part.master.dim() > 1) for part in parts.values()]
+        decays = [settings.weight_decay * (part.master.dim() > 1) for part in parts]
         self.decays = torch.tensor(decays, device=device)
         self.lr = torch.zeros((), device=device)
 
@@ -86,27 +85,24 @@ def unmoved(master: Tensor) -> dict[str, Tensor]:
 
 def working_copy(state: State) -> tuple[SLM, dict[str, tuple[Tensor, Tensor]]]:
     """A model whose products are in bf16, with weights of one input side by side and tables padded
-    to whole rows of the head's product. For each parameter the leaf it is in, and its part there."""
+    to whole rows of the head's product; and by parameter the leaf it is in and its part there."""
     with torch.device("meta"):
         model = SLM(state.config)
     copies: dict[str, tuple[Tensor, Tensor]] = {}
     for path, module in model.named_modules():
-        names = getattr(module, "PACKED", ())
-        masters = {f"{path}.{name}": state.weights[f"{path}.{name}"] for name in names}
-        if masters:
-            module.packed = nn.Parameter(torch.cat([w.bfloat16() for w in masters.values()], -2))
-            sizes = [w.shape[-2] for w in masters.values()]
-            parts = module.packed.detach().split(sizes, -2)
-            copies |= {
-                name: (module.packed, part) for name, part in zip(masters, parts, strict=True)
-            }
+        names = [f"{path}.{name}" for name in getattr(module, "PACKED", ())]
+        if names:
+            masters = [state.weights[name] for name in names]
+            module.packed = nn.Parameter(torch.cat([w.bfloat16() for w in masters], -2))
+            parts = module.packed.detach().split([w.shape[-2] for w in masters], -2)
+            copies |= {n: (module.packed, part) for n, part in zip(names, parts, strict=True)}
     for name, master in state.weights.items():
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        delattr(module, last)
         if name not in copies:
             leaf = master if name.endswith(EXACT) else master.bfloat16()
             leaf = nn.Parameter(pad_rows(leaf) if axes(name)[0][0] == "vocab" else leaf)
+            setattr(module, last, leaf)
             copies[name] = (leaf, leaf.detach()[: len(master)])
-        module, last = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        delattr(module, last)
-        if last != "packed" and copies[name][0] is not getattr(module, "packed", None):
-            setattr(module, last, copies[name][0])
-    return model, copies
+    return model, {name: copies[name] for name in state.weights}

@@ -1,11 +1,12 @@
 """Between a State at rest and a model with its optimizer at work."""
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config import TrainingConfig
+from config import TrainingConfig, require
 from models import SLM, fused
 from transfer import State
 
@@ -21,9 +22,31 @@ class Optimizer(Protocol):
     def rest(self) -> State: ...
 
 
+def check_lean(settings: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError where the lean optimizer is wanted and cannot work."""
+    able = fused.available(device, dtype)
+    require(
+        not settings.lean or able,
+        "training.lean = True needs CUDA, Triton, precision bf16 and training.fused",
+    )
+    require(
+        not settings.lean or find_spec("flashoptim") is not None,
+        "training.lean = True needs a library: pip install flashoptim==0.1.4",
+    )
+
+
+def home(state: State, settings: TrainingConfig, device: torch.device) -> State:
+    """`state` where it lies between phases; lean, Adam's memory is not on the GPU then."""
+    return state.to(device, adam=torch.device("cpu") if settings.lean else device)
+
+
 def wake(state: State, settings: TrainingConfig, dtype: torch.dtype) -> Optimizer:
-    """An optimizer around the tensors of `state`, with the memory it had."""
+    """An optimizer around the tensors of `state`, or in their place, with the memory it had."""
     device = next(iter(state.weights.values())).device
+    if settings.lean:
+        from utils.lean import Lean
+
+        return Lean(state, settings)
     if fused.available(device, dtype):
         from utils.masters import Masters
 

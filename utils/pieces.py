@@ -6,17 +6,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models import SLM, next_token_loss
-from models.model import rotary, unembed
+from models import Output, next_token_loss
+from models.model import rotary
 from models.precision import lowered
 from utils.device import autocast
+from utils.optimizer import Optimizer
 
 
 def pieces(
-    model: SLM, optimizer: torch.optim.Optimizer, batch_size: int, dtype: torch.dtype
+    optimizer: Optimizer, batch_size: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], None]]:
     """Forward and backward of head and loss, of every attention and of every feed-forward, on
-    random input; and the optimizer's step. It leaves gradients of zero behind."""
+    random input; and the optimizer's step."""
+    model = optimizer.model
     config, device = model.config, model.embed.weight.device
     shape_BS = batch_size, config.seq_len + 1
     tokens_BS = torch.randint(config.vocab_size, shape_BS, device=device)
@@ -26,7 +28,8 @@ def pieces(
 
     def head() -> None:
         with autocast(device, dtype):
-            loss = next_token_loss(unembed(x_BTD, head_VD), tokens_BS)
+            out = Output(lowered(x_BTD), head_VD, config.vocab_size, ())
+            loss = next_token_loss(out, tokens_BS)
         torch.autograd.grad(loss, (x_BTD, head_VD))
 
     def attention(module: nn.Module) -> Tensor:
@@ -43,13 +46,14 @@ def pieces(
             inputs = (x_BTD, *module.parameters())
             torch.autograd.grad(y_BTD, inputs, torch.ones_like(y_BTD))
 
+    weights = list(model.parameters())
+    zeros = [torch.zeros_like(weight) for weight in weights]
+
     def step() -> None:
+        for weight, zero in zip(weights, zeros, strict=True):
+            weight.grad = zero
         optimizer.step()
 
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
-    for group in optimizer.param_groups:
-        group["capturable"] = device.type == "cuda"
     blocks = list(model.blocks)
     inner = "moe" if config.num_experts else "mlp"
     return {

@@ -7,11 +7,15 @@ from pathlib import Path
 import torch
 
 from config import InputError, ModelConfig, Phase, Run, TrainingConfig, require
+from models import fused
 from transfer import plan_for
 from utils.device import total_memory_gb, training_dtype
 
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and Adam's two moments, all float32."""
+BYTES = 16
+"""Of a parameter: weight, gradient and Adam's two moments, all float32. (A bf16 gradient and a bf16
+copy of the weight are as much as a float32 gradient.)"""
+LEAN_BYTES = 7.125
+"""Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
 
 @dataclass(frozen=True)
@@ -105,29 +109,63 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
-    """Raises InputError where a phase is expected to need more memory than there is."""
-    there, dtype = total_memory_gb(device), training_dtype(run.precision, device)
+    """Raises InputError where a phase is expected to need more memory than there is, and says what
+    would make it fit."""
+    there = total_memory_gb(device)
     for stage in found:
-        size, micro = stage.phase.batch_size, run.training.micro_batch_size
-        need = memory_gb(stage.config, min(micro or size, size), dtype)
-        require(
-            there is None or need <= there,
-            f"{stage} needs about {need:.1f} GB, {device} has {there or 0:.1f}: a smaller "
-            f"training.micro_batch_size than {min(micro or size, size)}, or a smaller model",
+        need = stage_memory_gb(stage, run, device)
+        if there is None or need <= there:
+            continue
+        smaller = {"--training.micro-batch-size 1": {"micro_batch_size": 1}}
+        if device.type == "cuda":
+            smaller["--training.lean"] = {"lean": True}
+            smaller[" ".join(smaller)] = {"lean": True, "micro_batch_size": 1}
+        fits = [
+            f"{flags} needs {less:.1f} GB"
+            for flags, changes in smaller.items()
+            if (less := stage_memory_gb(stage, with_training(run, **changes), device)) <= there
+        ]
+        raise InputError(
+            f"{stage} needs about {need:.1f} GB, {device} has {there:.1f}: "
+            + (fits[0] if fits else "only a smaller model would fit")
         )
 
 
-def memory_gb(config: ModelConfig, sequences: int, dtype: torch.dtype) -> float:
-    """Expected peak of a training step, in 10^9 bytes, `sequences` at a time.
+def with_training(run: Run, **changes: object) -> Run:
+    return replace(run, training=replace(run.training, **changes))
+
+
+def stage_memory_gb(stage: Stage, run: Run, device: torch.device) -> float:
+    settings, size = run.training, stage.phase.batch_size
+    dtype = training_dtype(run.precision, device)
+    lean = settings.fused and settings.lean
+    plain = not (settings.fused and fused.available(device, dtype))
+    at_once = min(settings.micro_batch_size or size, size)
+    return memory_gb(stage.config, at_once, dtype, lean, plain)
+
+
+def memory_gb(
+    config: ModelConfig,
+    sequences: int,
+    dtype: torch.dtype,
+    lean: bool = False,
+    plain: bool = True,
+) -> float:
+    """Expected peak of a training step, in 10^9 bytes, `sequences` at a time; `plain` without the
+    fused kernels.
 
     The multiples were fitted to peaks measured on an H200 in bf16, at 8 (2, 1) and 64 sequences in
     the four phases of the full preset: within 10 % of all eight.
     """
     tokens = sequences * config.seq_len
-    experts = config.top_k if config.num_experts else 0
-    block = 11 * config.d_model + (experts or 1) * 4 * config.d_ff + experts * 2 * config.d_model
-    kept = config.n_layers * block + 3 * config.vocab_size
-    return (config.num_params * BYTES_PER_PARAMETER + tokens * kept * dtype.itemsize) / 1e9
+    choices = config.top_k if config.num_experts else 0
+    width, inner = config.d_model, (choices or 1) * config.d_ff
+    if plain:
+        block, head = 11 * width + 4 * inner + 2 * choices * width, 3 * config.vocab_size
+    else:
+        block, head = 10 * width + 3 * inner + choices * width, 1.25 * config.vocab_size
+    kept = tokens * (config.n_layers * block + head) * dtype.itemsize
+    return (config.num_params * (LEAN_BYTES if lean else BYTES) + kept) / 1e9
 
 
 def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-
 enabled = True
 """Whether the kernels are used where they can be, like torch.backends' flags."""
 

@@ -79,7 +79,8 @@ def place_kernel(
     chosen_ptr, weight_ptr, count_ptr, chance_ptr, z_ptr,
     row_ptr, token_ptr, sorted_ptr, ends_ptr, load_ptr, balance_ptr, z_mean_ptr,
     tokens, experts, blocks,
-    CHOICES: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr,
+    CHOICES: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
@@ -96,9 +97,9 @@ def place_kernel(
     ends = tl.cumsum(total, 0)
     first = ends - total + before
 
-    each = tl.arange(0, ROWS * CHOICES)
+    each = tl.arange(0, EACH)
     choice = block * ROWS * CHOICES + each
-    here = choice < tokens * CHOICES
+    here = (each < ROWS * CHOICES) & (choice < tokens * CHOICES)
     chosen = tl.load(chosen_ptr + choice, here, other=0).to(tl.int32)
     is_chosen = (chosen[:, None] == expert[None, :]) & here[:, None]
     nth = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
@@ -231,7 +232,8 @@ def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
         found.chosen_NC, found.weight_NC, count, chance, z,
         found.row_NC, found.token_M, found.weight_M,
         found.ends_E, found.load_E, found.balance, found.z,
-        tokens, experts, blocks, CHOICES=choices, ROWS=ROWS, EXPERTS=padded, BLOCKS=128,
+        tokens, experts, blocks, CHOICES=choices, ROWS=ROWS,
+        EACH=triton.next_power_of_2(ROWS * choices), EXPERTS=padded, BLOCKS=128,
     )  # fmt: skip
     return found
 

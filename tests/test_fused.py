@@ -1,0 +1,239 @@
+"""The fused kernels compute what the plain code beside them defines. All of it needs a GPU."""
+
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import tensors
+from torch.testing import assert_close
+
+from config import ModelConfig, TrainingConfig
+from models import SLM, fused, next_token_loss
+from models.moe import MoE
+from train import training_step
+from transfer import State
+from utils.capture import Captured
+from utils.device import autocast
+from utils.optimizer import Plain, home, wake
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and fused.available(CUDA, BF16)), reason="no CUDA or no Triton"
+)
+DENSE = ModelConfig(
+    vocab_size=97, d_model=48, n_layers=2, n_heads=6, n_kv_heads=2, d_ff=40, seq_len=65
+)
+MOE = replace(DENSE, num_experts=5, top_k=2)
+CONFIGS = {
+    "dense": DENSE,
+    "learned, untied, scaled": replace(
+        DENSE, position="learned", tied=False, n_kv_heads=None, logit_scale=0.5
+    ),
+    "head of 128": replace(DENSE, d_model=256, n_heads=2, n_kv_heads=1, d_ff=1408),
+    "moe": MOE,
+    "one choice of three": replace(MOE, num_experts=3, top_k=1, d_ff=136),
+    "more experts than choices": replace(MOE, num_experts=24, top_k=3),
+}
+EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+SETTINGS = TrainingConfig()
+
+
+def at_rest(config, seed=0):
+    torch.manual_seed(seed)
+    weights = State.of(SLM(config)).weights.items()
+    return State(config, {n: (w + 0.1 * torch.randn_like(w)).to(CUDA) for n, w in weights})
+
+
+def windows(config, batch, length, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, length + 1
+    return torch.randint(config.vocab_size, shape, generator=generator).to(CUDA)
+
+
+def gradients(state, tokens, dtype, kernels):
+    """The loss and the gradient of each parameter, the model's weights being float32."""
+    fused.enabled = kernels
+    try:
+        model = state.model().requires_grad_()
+        with autocast(CUDA, dtype):
+            loss = next_token_loss(model(tokens[:, :-1]), tokens)
+        loss.backward()
+    finally:
+        fused.enabled = True
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def off(got, want, least=1e-12):
+    return ((got - want).norm() / want.norm().clamp_min(least)).item()
+
+
+SHAPES = pytest.mark.parametrize("batch, length", [(3, 65), (1, 1), (2, 33)])
+
+
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if not c.num_experts])
+@SHAPES
+def test_loss_and_gradients_are_as_near_to_float32_as_those_of_plain_autocast(name, batch, length):
+    state, tokens = at_rest(CONFIGS[name]), windows(CONFIGS[name], batch, length)
+    loss, exact = gradients(state, tokens, torch.float32, kernels=False)
+    _, plain = gradients(state, tokens, BF16, kernels=False)
+    got, slopes = gradients(state, tokens, BF16, kernels=True)
+    assert got == pytest.approx(loss, rel=0.01)
+    least = 1e-3 * max(slope.norm() for slope in exact.values())
+    for each, want in exact.items():
+        assert off(slopes[each], want, least) < 2 * off(plain[each], want, least) + 0.02, each
+
+
+@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if c.num_experts])
+@SHAPES
+@pytest.mark.parametrize("alike", [False, True], ids=["", "one expert for all"])
+def test_experts_give_what_the_plain_layer_gives_in_float32(name, batch, length, alike):
+    """On the same input in bf16, so that no choice is a matter of rounding."""
+    config = CONFIGS[name]
+    torch.manual_seed(0)
+    layer = MoE(config).to(CUDA)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    x = torch.randn(batch, length, config.d_model, device=CUDA).to(BF16)
+    x = x[:1, :1].expand_as(x).contiguous() if alike else x
+    asked = torch.randn(x.shape, device=CUDA)
+
+    def out(dtype):
+        inputs = (x.to(dtype).requires_grad_(), *layer.parameters())
+        with autocast(CUDA, dtype):
+            y, routing = layer(inputs[0])
+        total = (y * asked).sum() + 3 * routing.balance + routing.z
+        return y, routing, torch.autograd.grad(total, inputs)
+
+    (want, routing, exact), (y, routed, slopes) = out(torch.float32), out(BF16)
+    assert torch.equal(routed.chosen_NC.sort(-1).values, routing.chosen_NC.sort(-1).values)
+    assert_close(routed.load_E, routing.load_E, rtol=1e-6, atol=1e-7)
+    assert_close((routed.balance, routed.z), (routing.balance, routing.z), rtol=1e-3, atol=1e-4)
+    assert off(y, want) < 0.02
+    for slope, right in zip(slopes, exact, strict=True):
+        assert off(slope, right, 1e-3 * exact[0].norm()) < 0.02
+
+
+@pytest.mark.parametrize("vocab", [5, 97, 4096, 4097, 50_257])
+@pytest.mark.parametrize("rows", [1, 130])
+def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(vocab, rows):
+    from models.fused.cross_entropy import HeadLoss
+
+    torch.manual_seed(0)
+    x = torch.randn(rows, 64, device=CUDA, dtype=BF16, requires_grad=True)
+    head = torch.randn(vocab, 64, device=CUDA, dtype=BF16, requires_grad=True)
+    target = torch.randint(vocab, (rows,), device=CUDA)
+    got = HeadLoss.apply(x, head, target, vocab)
+    slopes = torch.autograd.grad(3 * got, (x, head))
+    want = F.cross_entropy(x.float() @ head.float().T, target)
+    assert got.item() == pytest.approx(want.item(), rel=1e-2)
+    for slope, exact in zip(slopes, torch.autograd.grad(3 * want, (x, head)), strict=True):
+        assert off(slope, exact) < 0.02
+
+
+@EACH
+def test_waking_and_resting_leave_every_weight_and_moment_as_it_was(config):
+    state = at_rest(config)
+    state.adam = {
+        name: {"step": torch.tensor(3.0), "exp_avg": w * 0.1, "exp_avg_sq": w.square()}
+        for name, w in state.weights.items()
+    }
+    before = {key: value.clone() for key, value in tensors(state).items()}
+    after = tensors(wake(state, SETTINGS, BF16).rest())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].to(CUDA), after[key]) for key in before)
+
+
+@EACH
+def test_a_step_is_that_of_torchs_adamw_on_float32_masters(config):
+    """Three steps with the same gradients; blocks of another age, and gradients to be clipped."""
+    state, twin = at_rest(config), at_rest(config)
+    young = {name for name in state.weights if "blocks.1" in name}
+    for each in (state, twin):
+        each.adam = {
+            name: {"step": torch.tensor(9.0), "exp_avg": w * 0.1, "exp_avg_sq": w.square()}
+            for name, w in each.weights.items()
+            if name not in young
+        }
+    twin = twin.to(CUDA)
+    masters, plain = wake(state, SETTINGS, BF16), Plain(twin, SETTINGS)
+    parts = masters.parts
+    for step in range(3):
+        torch.manual_seed(step)
+        for leaf in masters.model.parameters():
+            leaf.grad = torch.zeros_like(leaf)
+        for name, p in plain.model.named_parameters():
+            leaf, part = parts[name].leaf, parts[name].copy
+            slope = torch.randn_like(p).to(leaf.dtype)
+            leaf.grad.as_strided(part.shape, part.stride(), part.storage_offset()).copy_(slope)
+            p.grad = slope.float()
+        for optimizer in (masters, plain):
+            optimizer.set_lr(1e-2)
+        assert masters.step().item() == pytest.approx(plain.step().item(), rel=1e-4)
+    got, want = masters.rest(), plain.rest()
+    for name, weight in want.weights.items():
+        assert_close(got.weights[name], weight, rtol=1e-5, atol=1e-6)
+        for kind, moment in want.adam[name].items():
+            assert_close(got.adam[name][kind].to(CUDA), moment.to(CUDA), rtol=1e-4, atol=1e-9)
+        assert torch.equal(parts[name].copy, got.weights[name].to(parts[name].copy.dtype))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_says_so():
+    masters = wake(at_rest(MOE), SETTINGS, BF16)
+    training_step(masters, SETTINGS, BF16, windows(MOE, 2, 65))
+    before = {key: value.clone() for key, value in tensors(masters.rest()).items()}
+    for leaf in masters.model.parameters():
+        leaf.grad = torch.ones_like(leaf)
+    masters.model.norm.weight.grad[0] = torch.nan
+    assert not masters.step().isfinite()
+    after = tensors(masters.rest())
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@EACH
+def test_a_captured_step_trains_as_the_same_step_does_uncaptured(config):
+    tokens = [windows(config, 4, 65, seed) for seed in range(4)]
+
+    def trained(capture):
+        optimizer = wake(at_rest(config), SETTINGS, BF16)
+        step = partial(training_step, optimizer, SETTINGS, BF16)
+        step = Captured(step, optimizer) if capture else step
+        found = []
+        for i in range(12):
+            optimizer.set_lr(1e-3 * (i + 1))
+            found.append(step(tokens[i % 4]).clone())
+        return torch.stack(found), optimizer.rest()
+
+    (free, state), (captured, other) = trained(False), trained(True)
+    assert free[-1, 0] < free[0, 0] - 0.1
+    assert_close(captured, free, rtol=5e-3, atol=5e-3)
+    for name, weight in state.weights.items():
+        assert off(other.weights[name], weight) < 5e-3, name
+        assert other.adam[name]["step"] == 12
+
+
+@pytest.mark.skipif(find_spec("flashoptim") is None, reason="no flashoptim")
+@EACH
+def test_the_lean_optimizer_keeps_weights_and_trains_alike(config):
+    lean = replace(SETTINGS, lean=True)
+    tokens = [windows(config, 4, 65, seed) for seed in range(4)]
+
+    def trained(settings, steps, state):
+        optimizer = wake(home(state, settings, CUDA), settings, BF16)
+        for i in range(steps):
+            optimizer.set_lr(1e-3)
+            loss = training_step(optimizer, settings, BF16, tokens[i % 4])
+        return loss[0].item() if steps else None, optimizer.rest()
+
+    start = at_rest(config)
+    _, kept = trained(lean, 0, start)
+    for name, weight in at_rest(config).weights.items():
+        assert_close(kept.weights[name], weight.cpu(), rtol=3e-5, atol=1e-7)
+    (exact, _), (loss, state) = trained(SETTINGS, 20, at_rest(config)), trained(lean, 20, kept)
+    assert loss == pytest.approx(exact, abs=0.03)
+    _, again = trained(lean, 0, home(state, lean, CUDA))
+    for (name, kind), value in tensors(state).items():
+        far = off(tensors(again)[name, kind], value)
+        assert far < (0.02 if kind.startswith("exp") else 3e-5), (name, kind)
