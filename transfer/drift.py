@@ -39,6 +39,7 @@ class View(NamedTuple):
     """What a model makes of a probe of B windows."""
 
     logits_BTV: Tensor
+    """On the CPU: two of these would be the most of what a growth needs on a GPU."""
     loss_BT: Tensor
     chosen_BLTC: Tensor
     """Experts of each token in each mixture-of-experts layer, ascending."""
@@ -68,7 +69,8 @@ def look_at_one(model: SLM, window: Tensor) -> View:
     loss_T = F.cross_entropy(out.logits[0], window[0, 1:], reduction="none")
     chosen = [layer.chosen_NC.sort(-1).values for layer in out.routing]
     nothing = window.new_empty(0, window.shape[1] - 1, 0)
-    return View(out.logits, loss_T[None], (torch.stack(chosen) if chosen else nothing)[None])
+    logits_BTV = out.logits.cpu()
+    return View(logits_BTV, loss_T[None], (torch.stack(chosen) if chosen else nothing)[None])
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def compare(before: View, after: View, layers: list[int | None]) -> Drift:
     untouched_BT = flipped_BT.cumsum(1) == 0
 
     kl, diff, top1 = [], [], []
-    for old, new, untouched in zip(before.logits_BTV, after.logits_BTV, untouched_BT, strict=True):
+    views = zip(before.logits_BTV, after.logits_BTV, untouched_BT, strict=True)
+    for old, new, untouched in views:
+        old, new = old.to(untouched.device), new.to(untouched.device)
         kl.append(divergence(old, new))
         # Where there is nothing left to judge, the share of flips has failed already.
         diff.append((new - old).abs().amax(-1).where(untouched, 0.0).max())
@@ -251,6 +255,6 @@ def block_map(plan: Plan) -> list[int | None]:
 def loads(view: View, num_experts: int) -> Tensor:
     """Share of each layer's choices that went to each expert (L, E)."""
     chosen_LM = view.chosen_BLTC.transpose(0, 1).flatten(1)
-    count_LE = view.logits_BTV.new_zeros(len(chosen_LM), num_experts)
+    count_LE = view.loss_BT.new_zeros(len(chosen_LM), num_experts)
     ones = torch.ones_like(chosen_LM, dtype=count_LE.dtype)
     return count_LE.scatter_add(1, chosen_LM, ones) / chosen_LM.shape[1]
