@@ -86,17 +86,25 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_plain_autocast(na
         assert off(slopes[each], want, least) < 2 * off(plain[each], want, least) + 0.02, each
 
 
+def clear_cut(layer, x_ND):
+    """The tokens whose choice of experts is no matter of rounding."""
+    ranked = (x_ND.float() @ layer.router.weight.T).sort(-1, descending=True).values
+    last, next_best = ranked[:, layer.router.top_k - 1], ranked[:, layer.router.top_k]
+    return x_ND[last - next_best > 1e-3]
+
+
 @pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if c.num_experts])
 @SHAPES
 @pytest.mark.parametrize("alike", [False, True], ids=["", "one expert for all"])
 def test_experts_give_what_the_plain_layer_gives_in_float32(name, batch, length, alike):
-    """On the same input in bf16, so that no choice is a matter of rounding."""
+    """On the same input in bf16."""
     config = CONFIGS[name]
     torch.manual_seed(0)
     layer = MoE(config).to(CUDA)
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    x = torch.randn(batch, length, config.d_model, device=CUDA).to(BF16)
+    x = torch.randn(4 * batch * length, config.d_model, device=CUDA).to(BF16)
+    x = clear_cut(layer, x)[: batch * length].view(batch, length, -1)
     x = x[:1, :1].expand_as(x).contiguous() if alike else x
     asked = torch.randn(x.shape, device=CUDA)
 
@@ -202,12 +210,12 @@ def test_a_captured_step_trains_as_the_same_step_does_uncaptured(config):
         step = Captured(step, optimizer) if capture else step
         found = []
         for i in range(12):
-            optimizer.set_lr(1e-3 * (i + 1))
+            optimizer.set_lr(1e-4 * (i + 1))
             found.append(step(tokens[i % 4]).clone())
         return torch.stack(found), optimizer.rest()
 
     (free, state), (captured, other) = trained(False), trained(True)
-    assert free[-1, 0] < free[0, 0] - 0.1
+    assert free[-1, 0] < free[0, 0] - 0.01
     assert_close(captured, free, rtol=5e-3, atol=5e-3)
     for name, weight in state.weights.items():
         assert off(other.weights[name], weight) < 5e-3, name

@@ -77,9 +77,11 @@ class Plain:
 
     def step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        # The fused kernel leaves everything as it is where this is 1, so no host has to look first.
+        # The fused kernel leaves everything as it is where this is 1, so no host has to look first;
+        # that for MPS does not.
         self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
-        self.adamw.step()
+        if norm.device.type != "mps" or norm.isfinite():
+            self.adamw.step()
         self.adamw.zero_grad()
         return norm
 
