@@ -45,5 +45,6 @@ def next_token_loss(out: Output, tokens_BS: Tensor) -> Tensor:
     if fuses(hidden_ND):
         from models.fused.cross_entropy import HeadLoss
 
-        return HeadLoss.apply(hidden_ND, lowered(out.head_VD), target_N, out.vocab_size)
+        asked = torch.is_grad_enabled()
+        return HeadLoss.apply(hidden_ND, lowered(out.head_VD), target_N, out.vocab_size, asked)
     return CrossEntropy.apply(out.logits.flatten(0, 1), target_N)

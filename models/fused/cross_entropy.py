@@ -57,16 +57,19 @@ def cross_entropy_kernel(
 
 
 class HeadLoss(torch.autograd.Function):
-    """x (N, D), head (V or padded V, D), targets (N,) -> mean cross-entropy, float32."""
+    """x (N, D), head (V or padded V, D), targets (N,) -> mean cross-entropy, float32. `gradient`:
+    it will be asked for; a Function can't see for itself whether gradients are enabled."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, vocab: int) -> Tensor:
+    def forward(
+        ctx, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, vocab: int, gradient: bool
+    ) -> Tensor:
         padded = pad_rows(head_VD)
         logits_NV = x_ND @ padded.T  # the padding's columns are zero, and stay it
         loss_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         cross_entropy_kernel[(len(x_ND),)](
             logits_NV, target_N, loss_N, vocab, logits_NV.stride(0), 1 / len(x_ND),
-            GRADIENT=any(ctx.needs_input_grad), BLOCK=4096, num_warps=16,
+            GRADIENT=gradient, BLOCK=4096, num_warps=16,
         )  # fmt: skip
         ctx.save_for_backward(x_ND, padded, logits_NV)
         ctx.rows = len(head_VD)
@@ -76,7 +79,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         x_ND, padded, grad_NV = ctx.saved_tensors
         grad_head = grad_NV.T @ (x_ND * grad_loss)
-        return (grad_NV @ padded) * grad_loss, grad_head[: ctx.rows], None, None
+        return (grad_NV @ padded) * grad_loss, grad_head[: ctx.rows], None, None, None
 
 
 def pad_rows(head_VD: Tensor) -> Tensor:
