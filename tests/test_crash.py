@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -209,7 +210,7 @@ def killed(start, run, whole, chance, times):
     tally = Counter()
     for _ in range(times):
         process = start(replace(run, resume=True))
-        process.join(whole[1] * chance.uniform(0.05, 0.5))
+        process.join(whole[1] * chance.uniform(0.02, 0.25))
         if process.is_alive() and run.out.with_name(f"{run.out.name}-said.stack").exists():
             kill(process, run.out, tally)
     finish(start, run, whole)
@@ -255,8 +256,9 @@ def test_a_run_that_is_told_to_stop_at_random_moments_goes_on(seed, start, run, 
         process, deadline = start(replace(run, resume=True)), time.monotonic() + SECONDS
         while not (said.exists() and said.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.join(whole[1] * chance.uniform(0.0, 0.4))
-        os.kill(process.pid, number)
+        process.join(whole[1] * chance.uniform(0.0, 0.25))
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(process.pid, number)
         codes.append((left(process), 128 + number))
         said.unlink()
     assert codes[0][0] == codes[0][1] and all(code in (0, wanted) for code, wanted in codes)
