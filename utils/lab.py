@@ -14,7 +14,7 @@ from utils.generate import stories
 from utils.history import History
 from utils.output import versions
 from utils.resume import Keeper
-from utils.schedule import Stage
+from utils.schedule import Stage, flops_per_token
 
 PROMPTS = ("Once upon a time", "One day", "It was a")
 
@@ -73,6 +73,7 @@ def record_start(lab: Lab) -> None:
         phases=[stage.name for stage in lab.stages],
         params=[stage.config.num_params for stage in lab.stages],
         active_params=[stage.config.num_active_params for stage in lab.stages],
+        flops_per_token=[flops_per_token(stage.config) for stage in lab.stages],
         **versions(),
     )
 
