@@ -38,6 +38,7 @@ from utils.resume import Keeper, Place, forget, identity, resumed
 from utils.schedule import Stage, check_memory, lr_at, stages
 from utils.signals import Stopped, held
 from utils.spare import Spare
+from utils.tracker import tracker
 
 
 def main(run: Run) -> None:
@@ -65,7 +66,8 @@ def main(run: Run) -> None:
     with claimed(run.out), explained(run.out):
         who = identity(run, corpus.fingerprint, device)
         place, state = resumed(run, files, who) or (None, None)
-        with History(run.out / HISTORY, length=place and place.history) as history:
+        also = tracker(run.tracker, run.out)
+        with History(run.out / HISTORY, length=place and place.history, also=also) as history:
             lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history, place))
             if state is None:
                 record_start(lab)

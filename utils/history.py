@@ -23,8 +23,10 @@ class History:
         path: Path,
         clock: Callable[[], float] = time.perf_counter,
         length: int | None = None,
+        also: Callable[[dict], None] = lambda event: None,
     ) -> None:
-        """Goes on after the first `length` bytes; None: after all that is there."""
+        """Goes on after the first `length` bytes; None: after all that is there. `also` is given
+        each event, from the first of the file on."""
         if length is not None:
             os.truncate(path, length)
         earlier = read(path) if path.exists() else []
@@ -33,12 +35,16 @@ class History:
         self.path = path
         self.file = path.open("ab")
         self.file.truncate(_whole_lines(path))
+        self.also = also
+        for event in earlier:
+            also(event)
 
     def __call__(self, event: str, **values: object) -> None:
         line = {"event": event, "wall_s": self.now(), **values}
         body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
         self.file.write(f"{{{body}}}\n".encode())
         self.file.flush()
+        self.also(line)
 
     def now(self) -> float:
         """Seconds that the run has taken so far."""
