@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 
 class InputError(ValueError):
@@ -386,6 +386,9 @@ class DataConfig:
         require(0 < self.holdout < 1, f"data.holdout = {self.holdout} must lie between 0 and 1")
 
 
+Tracker = Literal["none", "tensorboard"]
+
+
 @dataclass(frozen=True)
 class Run:
     """A language model that grows while it trains."""
@@ -404,6 +407,9 @@ class Run:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the training step; weights and optimizer are float32. auto: bf16 autocast on
     CUDA and on CPUs that have it natively (AVX512-BF16, AMX)."""
+    tracker: Tracker = "none"
+    """Show the history's numbers elsewhere too: tensorboard (`pip install tensorboard`) finds them
+    in `out`/tensorboard. Where it fails the run goes on without it."""
     resume: bool = False
     """Go on exactly where the run in `out` stopped."""
     overwrite: bool = False
@@ -414,6 +420,10 @@ class Run:
     def __post_init__(self) -> None:
         require(
             not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
+        )
+        require(
+            self.tracker in get_args(Tracker),
+            f"tracker = {self.tracker!r} must be one of {', '.join(get_args(Tracker))}",
         )
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
         default = TrainingConfig()

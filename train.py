@@ -26,7 +26,7 @@ from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
 from utils.device import autocast, choose_device, reset_peak_memory, training_dtype
 from utils.errors import RunStopped
-from utils.files import sweep_parts
+from utils.files import is_newer, sweep_parts
 from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
@@ -37,6 +37,8 @@ from utils.reporter import Reporter
 from utils.resume import Keeper, Place, forget, identity, resumed
 from utils.schedule import Stage, check_memory, lr_at, stages
 from utils.signals import Stopped, held
+from utils.spare import Spare
+from utils.tracker import tracker
 
 
 def main(run: Run) -> None:
@@ -64,7 +66,8 @@ def main(run: Run) -> None:
     with claimed(run.out), explained(run.out):
         who = identity(run, corpus.fingerprint, device)
         place, state = resumed(run, files, who) or (None, None)
-        with History(run.out / HISTORY, length=place and place.history) as history:
+        also = tracker(run.tracker, run.out)
+        with History(run.out / HISTORY, length=place and place.history, also=also) as history:
             lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history, place))
             if state is None:
                 record_start(lab)
@@ -80,11 +83,14 @@ def main(run: Run) -> None:
 
 
 def finish(out: Path) -> None:
-    if not (out / PLOT).exists():
-        plot([out])
+    draw = Spare(f"drawing {out / PLOT}", plot, print)
+    if not is_newer(out / PLOT, out / HISTORY):
+        draw([out])
     sweep_parts(out)
     forget(out)
-    print(f"\n{summary(read(out / HISTORY))}\n\ncurves: {out / PLOT}")
+    print(f"\n{summary(read(out / HISTORY))}")
+    if not draw.broken:
+        print(f"\ncurves: {out / PLOT}")
 
 
 def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> State:

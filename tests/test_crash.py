@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
+from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -20,6 +21,7 @@ import torch
 
 from config import Deepen, TrainingConfig, Upcycle, tiny
 from train import main
+from utils import sketch
 from utils.cli import run_command
 from utils.files import load_tensors
 from utils.history import HISTORY, read
@@ -54,11 +56,15 @@ KILLS = {
         before utils.reporter.evaluate 3, after utils.reporter.evaluate 3,
         after utils.history.History.__call__ 4, before utils.lab.save 1, amid WRITE 9,
         before train.plot 1, after train.plot 1, before train.forget 1, after train.forget 1""",
+    "while it draws": """
+        before utils.sketch.plot 2, amid WRITE 1, after utils.sketch.plot 3,
+        before matplotlib.figure.Figure.savefig 1, after matplotlib.figure.Figure.savefig 2""",
 }
 STOPS = """
     before utils.tokens.learn 1, before utils.tokens.write 1, after utils.tokens.encoder 1,
     before train.record_start 1,
     before train.training_step 4, after train.training_step 2, before utils.reporter.evaluate 2,
+    before utils.sketch.plot 1,
     before WRITE 7, after WRITE 3, after torch.save 1, before utils.lab.stories 2,
     before train.grow 1,
     after train.grow 1, before train.save_model 2, before utils.history.History.__call__ 5,
@@ -95,6 +101,8 @@ def arm(moment, number):
         return result
 
     setattr(owner, last, fatal)
+    if "sketch" in name or "savefig" in name:
+        sketch.SHARE = inf  # so short a run would not be drawn
 
 
 def carry_out(run, said, armed, room, threads):

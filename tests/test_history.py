@@ -1,10 +1,14 @@
 import json
+import re
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from config import InputError
-from utils.history import History, read
+from utils.history import HISTORY, History, read
+
+ROOT = Path(__file__).parents[1]
 
 
 def ticking(*seconds):
@@ -85,3 +89,25 @@ def test_time_goes_on_where_the_last_run_stopped(tmp_path):
     with History(path, ticking(7.0, 8.0)) as history:
         history("end")
     assert [event["wall_s"] for event in read(path)] == [60.0, 61.0]
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs").iterdir()), ids=lambda path: path.name)
+def test_pandas_reads_a_column_for_each_field_and_the_readmes_lines_plot_them(folder, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "agg")
+    frame = pandas.read_json(folder / HISTORY, lines=True)
+    events = read(folder / HISTORY)
+    assert len(frame) == len(events) and set(frame) == set().union(*events)
+    for name in ("wall_s", "tokens", "loss", "valid_loss", "lr", "grad_norm", "tokens_per_s"):
+        assert frame[name].dtype == "float64", name
+        told = [event[name] for event in events if name in event]
+        assert frame[name].dropna().tolist() == pytest.approx(told, rel=1e-9)
+    (lines,) = re.findall(
+        r"```python\n(import pandas.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
+    monkeypatch.chdir(folder)
+    made = {}
+    exec(lines.replace("checkpoints/", ""), made)
+    shown = [line.get_label() for line in made["axes"].get_lines()]
+    assert shown == ["loss", "valid_loss"]
+    assert all(len(line.get_xdata()) > 20 for line in made["axes"].get_lines())

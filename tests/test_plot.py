@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from config import InputError
+from utils.along import along, set_axis, stretches
+from utils.curves import smooth
 from utils.history import History
-from utils.plot import figure, plot, set_token_axis, smooth
+from utils.panels import verdict
+from utils.plot import figure, plot
 
 ROOT = Path(__file__).parents[1]
 FULL = {
@@ -25,11 +28,19 @@ STILL = {"dense": (None, 1000, 2048), "moe": ("Upcycle", 0, 2048), "wide": ("Wid
 schedules = pytest.mark.parametrize("schedule", [FULL, SCRATCH, MANY, STILL])
 
 
-def record(schedule, hurt=0.0, evaluated=True, **run):
+def record(schedule, hurt=0.0, evaluated=True, measured=True, **run):
     """A history as training writes it, with a loss that starts at 11 and falls to 2."""
     told = {"corpus": "tinystories", "device": "cpu", "fallback": False} | run
+    told.setdefault("flops_per_token", [10**phase for phase in range(1, len(schedule) + 1)])
     events = [{"event": "run", "wall_s": 0.0, **told}]
     tokens = 0
+
+    def inside(phase):
+        """What an evaluation tells of a mixture of experts."""
+        if phase == 1 or not measured:
+            return {}
+        load = [[0.4, 0.3, 0.29, 0.01], [0.25] * 4] * phase
+        return {"expert_load": load, "expert_divergence": 0.1, "twin_distance": 0.2}
 
     def tell(event, **values):
         events.append({"event": event, "wall_s": float(len(events)), **values})
@@ -44,7 +55,7 @@ def record(schedule, hurt=0.0, evaluated=True, **run):
             tokens += 10 * batch if step else 0
             loss = 2 + 9 * exp(-tokens / 2e5) + (hurt * exp(-step / 50) if how else 0.0)
             if evaluated and step % 100 == 0:
-                tell("eval", step=step, tokens=tokens, valid_loss=loss, **where)
+                tell("eval", step=step, tokens=tokens, valid_loss=loss, **where, **inside(phase))
             if step:
                 noise = 0.05 * (-1) ** (step // 10)
                 tell("step", step=step, tokens=tokens, loss=loss + noise, **where)
@@ -61,8 +72,12 @@ def written(folder, events):
     return folder
 
 
-def texts(drawing):
-    return [text.get_text() for text in drawing.axes[0].texts]
+def texts(drawing, panel=0):
+    return [text.get_text() for text in drawing.axes[panel].texts]
+
+
+def titles(drawing):
+    return [axes.get_title(loc="left") for axes in drawing.axes]
 
 
 def title(drawing):
@@ -81,10 +96,11 @@ def test_every_phase_is_named_and_every_transition_is_marked_with_its_drift(sche
 
 @schedules
 def test_no_label_covers_another_however_short_the_phase(schedule):
-    events = record(schedule, params=[932_000_000] * 8, active_params=[309_000_000] * 8)
+    events = record(schedule, 0.4, params=[932_000_000] * 8, active_params=[309_000_000] * 8)
     drawing = figure({"run": events})
     drawing.canvas.draw()
-    boxes = [(t.get_text(), t.get_window_extent()) for t in drawing.axes[0].texts if t.get_text()]
+    words = [text for axes in drawing.axes for text in (*axes.texts, axes._left_title)]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in words if text.get_text()]
     for (one, box), (other, other_box) in combinations(boxes, 2):
         assert not box.overlaps(other_box), (one, other)
 
@@ -126,17 +142,88 @@ def test_runs_are_told_apart_by_colour_and_name_whatever_their_phases():
     drawing.canvas.draw()
     legend = drawing.axes[0].get_legend()
     named = [text.get_text().split(":")[0] for text in legend.get_texts()]
-    assert named == ["grown", "scratch$x_$", "cut", "grown here"]
-    assert len({line.get_color() for line in legend.get_lines()}) == len(named)
-    marks = [line for line in drawing.axes[0].lines if line.get_marker() == "D"]
-    assert [len(line.get_xdata()) for line in marks] == [3, 0, 0, 0]
+    assert named == ["grown", "scratch$x_$", "cut", "Upcycle", "Widen", "Deepen"]
+    assert len({line.get_color() for line in legend.get_lines()[:3]}) == 3
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops", "hours"])
+def test_a_comparison_marks_each_growth_with_its_operator_where_it_happened(unit):
+    events = record(FULL)
+    drawing = figure({"grown": events, "scratch": record(SCRATCH)}, unit)
+    places = [event["at"] for event in along("grown", events, unit) if event["event"] == "grow"]
+    for mark, at in zip("Ds^", places, strict=True):
+        marked = [line.get_xdata() for line in drawing.axes[0].lines if line.get_marker() == mark]
+        assert [list(xs) for xs in marked if len(xs)] == [[at]]
+
+
+def test_the_places_are_tokens_the_work_that_they_took_or_hours():
+    events = record({"a": (None, 10, 100), "b": ("Widen", 20, 10)}, flops_per_token=[3, 50])
+    ends = {unit: along("run", events, unit)[-1]["at"] for unit in ("tokens", "flops", "hours")}
+    assert ends == {
+        "tokens": 1200,
+        "flops": pytest.approx(3 * 1000 + 50 * 200, rel=1e-4),
+        "hours": pytest.approx((events[-1]["wall_s"] - events[0]["wall_s"]) / 3600),
+    }
+
+
+@schedules
+@pytest.mark.parametrize("unit", ["tokens", "flops", "hours"])
+def test_along_any_axis_places_never_go_back_and_phases_follow_each_other(unit, schedule):
+    events = along("run", record(schedule), unit)
+    places = [event["at"] for event in events if "at" in event]
+    assert places == sorted(places) and places[0] >= 0
+    phases = stretches(events)
+    assert [phase.name for phase in phases] == list(schedule)
+    edges = [0, *(phase.end for phase in phases)]
+    assert [phase.start for phase in phases] == edges[:-1] and np.all(np.diff(edges) > 0)
+    figure({"run": record(schedule)}, unit).canvas.draw()
+
+
+def test_an_axis_that_a_history_does_not_tell_or_that_there_is_not_is_refused_by_name():
+    old = record(FULL, flops_per_token=[])
+    with pytest.raises(InputError, match=r"x = flops: the history of old .*no flops_per_token"):
+        figure({"new": record(FULL), "old": old}, "flops")
+    with pytest.raises(InputError, match="x = 'epochs' must be one of tokens, flops, hours"):
+        figure({"old": old}, "epochs")
+
+
+def test_under_the_losses_is_drawn_what_the_history_tells():
+    alone = titles(figure({"run": record(SCRATCH)}))
+    assert len(alone) == 1
+    assert len(titles(figure({"run": record(FULL, measured=False)}))) == 2
+    _, since, load, apart = titles(figure({"run": record(FULL)}))
+    assert since == "Validation loss since the growth"
+    assert load == "Load of each expert: 4 of 32 are idle"
+    assert apart.endswith("twins 0.20, experts 0.10")
+
+
+def test_every_growth_gets_its_verdict_and_every_evaluation_its_load():
+    drawing = figure({"run": record(FULL, hurt=0.5)})
+    assert len(texts(drawing, 1)) == 3
+    for mesh, (_, steps, _) in zip(
+        drawing.axes[2].collections[::2], [*FULL.values()][1:], strict=True
+    ):
+        rows, moments = mesh.get_array().shape
+        assert moments == steps // 100 + 1 and rows % 8 == 0
+
+
+@pytest.mark.parametrize(
+    "above, said",
+    [
+        ([0, -0.1, -0.2], "not worse at\nany evaluation"),
+        ([0, 0.1, -0.2], "+0.10 at worst,\nback after 2 k"),
+        ([0, -0.1, 0.25, 0.2], "+0.25 at worst,\nnot back"),
+    ],
+)
+def test_the_verdict_on_a_growth_is_how_bad_it_got_and_when_that_was_made_up(above, said):
+    at = 1000.0 * np.arange(5, 5 + len(above))
+    assert verdict(at, np.array(above), "tokens") == said
 
 
 @pytest.mark.parametrize("edges", [[0, 10], [0, 300, 450, 550, 650], [0, 2048, 4096, 4352, 4353]])
-def test_the_token_axis_keeps_order_gives_each_phase_room_and_says_when_it_stretches(edges):
+def test_the_axis_keeps_order_gives_each_phase_room_and_says_when_it_stretches(edges):
     axes = figure({"run": record(SCRATCH)}).axes[0]
-    axes.set_xlabel("training tokens")
-    set_token_axis(axes, edges)
+    set_axis(axes, edges, "tokens")
     places = axes.transAxes.inverted().transform(
         axes.transData.transform([(edge, 0) for edge in edges])
     )[:, 0]

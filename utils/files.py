@@ -40,6 +40,11 @@ def sweep_parts(folder: Path) -> None:
         part.unlink()
 
 
+def is_newer(path: Path, than: Path) -> bool:
+    """Whether it was made after the last change of the other, or at the same moment."""
+    return path.exists() and path.stat().st_mtime_ns >= than.stat().st_mtime_ns
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in it durable, where the system can."""
     if os.name == "posix":

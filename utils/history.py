@@ -5,9 +5,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from config import InputError, require
 
@@ -26,8 +23,10 @@ class History:
         path: Path,
         clock: Callable[[], float] = time.perf_counter,
         length: int | None = None,
+        also: Callable[[dict], None] = lambda event: None,
     ) -> None:
-        """Goes on after the first `length` bytes; None: after all that is there."""
+        """Goes on after the first `length` bytes; None: after all that is there. `also` is given
+        each event, from the first of the file on."""
         if length is not None:
             os.truncate(path, length)
         earlier = read(path) if path.exists() else []
@@ -36,12 +35,16 @@ class History:
         self.path = path
         self.file = path.open("ab")
         self.file.truncate(_whole_lines(path))
+        self.also = also
+        for event in earlier:
+            also(event)
 
     def __call__(self, event: str, **values: object) -> None:
         line = {"event": event, "wall_s": self.now(), **values}
         body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
         self.file.write(f"{{{body}}}\n".encode())
         self.file.flush()
+        self.also(line)
 
     def now(self) -> float:
         """Seconds that the run has taken so far."""
@@ -72,29 +75,6 @@ def read(path: Path) -> list[dict]:
     return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-class Stretch(NamedTuple):
-    """One phase as it was run, from `start` to `end` in tokens of the whole run."""
-
-    number: int
-    name: str
-    start: int
-    end: int
-    seconds: float
-    events: list[dict]
-
-
-def stretches(events: list[dict]) -> list[Stretch]:
-    """The phases in order, each from where the one before ended. None is shorter than a token."""
-    phases, start, since = [], 0, events[0]["wall_s"]
-    for number in sorted({event["phase"] for event in events if "phase" in event}):
-        own = [event for event in events if event.get("phase") == number]
-        end = max([start + 1, *(event["tokens"] for event in own if "tokens" in event)])
-        seconds = own[-1]["wall_s"] - since
-        phases.append(Stretch(number, own[0]["phase_name"], start, end, seconds, own))
-        start, since = end, own[-1]["wall_s"]
-    return phases
-
-
 def select(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
@@ -102,12 +82,6 @@ def select(events: list[dict], kind: str) -> list[dict]:
 def header(events: list[dict]) -> dict:
     """What the run said of itself; empty if its record does not begin with it."""
     return next(iter(select(events, "run")), {})
-
-
-def curve(events: list[dict], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and loss: of training at each "step", on held-out text at each "eval"."""
-    chosen, name = select(events, kind), {"step": "loss", "eval": "valid_loss"}[kind]
-    return np.array([e["tokens"] for e in chosen]), np.array([e[name] for e in chosen])
 
 
 def _encode(name: str, value: object) -> str:

@@ -14,7 +14,8 @@ from utils.generate import stories
 from utils.history import History
 from utils.output import versions
 from utils.resume import Keeper
-from utils.schedule import Stage
+from utils.schedule import Stage, flops_per_token
+from utils.sketch import Sketch
 
 PROMPTS = ("Once upon a time", "One day", "It was a")
 
@@ -33,6 +34,7 @@ class Lab:
     """Held-out windows (N, T + 1)."""
     history: History
     keeper: Keeper
+    sketch: Sketch
 
     @classmethod
     def of(
@@ -48,9 +50,9 @@ class Lab:
         probe = windows(corpus.valid, length, training.probe_sequences * (length + 1))
         valid = windows(corpus.valid, length, training.eval_tokens)
         dtype = training_dtype(run.precision, device)
-        return cls(
-            run, stages, corpus, device, dtype, probe.to(device), valid.to(device), history, keeper
-        )
+        probe, valid = probe.to(device), valid.to(device)
+        sketch = Sketch(run.out)
+        return cls(run, stages, corpus, device, dtype, probe, valid, history, keeper, sketch)
 
     def note(self, stage: Stage, event: str, **values: object) -> None:
         """A line in the history about a phase."""
@@ -73,6 +75,7 @@ def record_start(lab: Lab) -> None:
         phases=[stage.name for stage in lab.stages],
         params=[stage.config.num_params for stage in lab.stages],
         active_params=[stage.config.num_active_params for stage in lab.stages],
+        flops_per_token=[flops_per_token(stage.config) for stage in lab.stages],
         **versions(),
     )
 

@@ -60,6 +60,7 @@ class Reporter:
         if self.step % settings.eval_every == 0 or at_end:
             with self.meter.paused():
                 self.evaluate(model)
+                self.lab.sketch.update()
 
     def log(self) -> None:
         measured = self.meter.read(self.where)

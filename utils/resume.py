@@ -24,7 +24,7 @@ KEPT = 2
 FREE = (
     "data.", "device", "dry_run", "out", "overwrite", "precision", "resume",
     "training.capture", "training.checkpoint_every", "training.fused",
-    "training.lean", "training.micro_batch_size",
+    "tracker", "training.lean", "training.micro_batch_size",
 )  # fmt: skip
 """Settings that may change between a run and its resumption (the tokens themselves may not)."""
 
