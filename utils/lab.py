@@ -106,5 +106,6 @@ def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -
         phase_name=stage.name,
         tokens=stage.first_token + stage.tokens * trained,
         seed=lab.run.seed,
+        balance_coef=lab.run.training.balance_coef,
     )
     save(lab.run.out / name, checkpoint)

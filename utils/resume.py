@@ -179,7 +179,7 @@ def resumed(run: Run, files: list[str], who: Identity) -> tuple[Place, State] | 
 
 
 def unpack(path: Path, content: dict) -> tuple[Place, State]:
-    state = State(ModelConfig(**content["model"]), content["weights"], content["adam"])
+    state = State(ModelConfig.of(content["model"]), content["weights"], content["adam"])
     check_weights(path, state.config, state.weights)
     content["reading"] = Reading(**content["reading"])
     return Place(**{name: content[name] for name in Place._fields}), state
