@@ -446,6 +446,9 @@ class Run:
     data: DataConfig = DataConfig()
     phases: dict[str, Phase] = field(default_factory=dict)
     """A schedule of its own, by name and in order; empty: the four phases of `training`."""
+    init_from: str = ""
+    """Start from a pretrained Llama (or Mixtral) in transformers' format: a folder, or a name on
+    the hub. Its tokenizer is taken, and its model.*, but for the context to train on (seq_len)."""
     out: Path = Path("checkpoints")
     """Folder for checkpoints, history and plot."""
     seed: int = 0
@@ -465,6 +468,10 @@ class Run:
     def __post_init__(self) -> None:
         require(
             not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
+        )
+        require(
+            not self.init_from or self.data.tokenizer in ("auto", self.init_from),
+            f"data.tokenizer = {self.data.tokenizer}: the model that init_from names has its own",
         )
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
         default = TrainingConfig()

@@ -57,8 +57,9 @@ class Lab:
         self.history(event, phase=stage.number, phase_name=stage.name, **values)
 
 
-def record_start(lab: Lab) -> None:
-    """The history's first line: all that it takes to run this again."""
+def record_start(lab: Lab, origin: str) -> None:
+    """The history's first line: all that it takes to run this again. `origin` is the fingerprint of
+    the model that the run starts from, empty for none."""
     lab.history(
         "run",
         config=asdict(lab.run),
@@ -66,6 +67,7 @@ def record_start(lab: Lab) -> None:
         corpus=lab.corpus.name,
         fallback=lab.corpus.fallback,
         fingerprint=lab.corpus.fingerprint,
+        init_fingerprint=origin or None,
         train_tokens=len(lab.corpus.train),
         valid_tokens=len(lab.corpus.valid),
         device=device_name(lab.device),
