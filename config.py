@@ -21,6 +21,41 @@ def require(holds: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How a model that comes from elsewhere stretches its rotary wavelengths over a longer context
+    than it was first trained on; named as in transformers."""
+
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """`default`: not at all. `linear`: all by `factor`. `llama3`: long ones by `factor`, short ones
+    not at all, those between by something between."""
+    factor: float = 1.0
+    """Times as long."""
+    low_freq_factor: float = 1.0
+    """A wavelength is long that fits in the original context less often than this."""
+    high_freq_factor: float = 4.0
+    """And short if it fits in more often than this."""
+    original_max_position_embeddings: int = 8192
+    """The original context, in tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            require(
+                0 < value < inf, f"model.rope_scaling.{name} = {value} must be positive and finite"
+            )
+        require(
+            self.low_freq_factor < self.high_freq_factor < inf,
+            f"model.rope_scaling.high_freq_factor = {self.high_freq_factor} must be finite and "
+            f"above model.rope_scaling.low_freq_factor = {self.low_freq_factor}",
+        )
+        require(
+            self.rope_type in ("default", "linear", "llama3"),
+            f"model.rope_scaling.rope_type = {self.rope_type!r} must be 'default', 'linear' or "
+            "'llama3'",
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture: a Llama when dense, a Mixtral with experts."""
 
@@ -31,9 +66,11 @@ class ModelConfig:
     n_layers: int = 12
     """Blocks of attention and feed-forward."""
     n_heads: int = 8
-    """Query heads, each d_model / n_heads wide."""
+    """Query heads."""
     n_kv_heads: int | None = None
     """Key/value heads, each serving n_heads / n_kv_heads query heads; None: as many as n_heads."""
+    head_dim: int | None = None
+    """Width of a head; None: d_model / n_heads. Growing leaves it as it is."""
     d_ff: int = 1408
     """Inner width of the SwiGLU feed-forward, per expert."""
     seq_len: int = 256
@@ -46,6 +83,8 @@ class ModelConfig:
     """Rotary positions, or a learned embedding of each."""
     rope_theta: float = 10_000.0
     """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """How they are stretched."""
     tied: bool = True
     """The head is the token embedding."""
     logit_scale: float = 1.0
@@ -67,9 +106,15 @@ class ModelConfig:
             f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
         )
         require(
-            self.position != "rope" or self.head_dim % 2 == 0,
+            self.head_dim is None or self.head_dim >= 1,
+            f"model.head_dim = {self.head_dim} must be at least 1",
+        )
+        require(
+            self.position != "rope" or self.head_size % 2 == 0,
             f"rotary positions need an even head size: model.d_model = {self.d_model} over "
-            f"model.n_heads = {self.n_heads} gives {self.head_dim}",
+            f"model.n_heads = {self.n_heads} gives {self.head_size}"
+            if self.head_dim is None
+            else f"rotary positions need an even head size, not model.head_dim = {self.head_dim}",
         )
         require(self.num_experts >= 0, f"model.num_experts = {self.num_experts} is negative")
         require(
@@ -90,8 +135,14 @@ class ModelConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def head_size(self) -> int:
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @classmethod
+    def of(cls, values: dict) -> "ModelConfig":
+        """The inverse of `asdict`; what is not there has its default."""
+        scaling = RopeScaling(**values.get("rope_scaling", {}))
+        return cls(**{**values, "rope_scaling": scaling})
 
     @property
     def num_params(self) -> int:
@@ -103,7 +154,7 @@ class ModelConfig:
         return self._count(experts=min(self.top_k, self.num_experts))
 
     def _count(self, experts: int) -> int:
-        heads, kv = self.n_heads * self.head_dim, self.kv_heads * self.head_dim
+        heads, kv = self.n_heads * self.head_size, self.kv_heads * self.head_size
         attention = self.d_model * (2 * heads + 2 * kv)
         ffn = 3 * self.d_model * self.d_ff * (experts or 1) + self.d_model * self.num_experts
         tables = self.vocab_size * (1 if self.tied else 2)
@@ -398,6 +449,9 @@ class Run:
     data: DataConfig = DataConfig()
     phases: dict[str, Phase] = field(default_factory=dict)
     """A schedule of its own, by name and in order; empty: the four phases of `training`."""
+    init_from: str = ""
+    """Start from a pretrained Llama (or Mixtral) in transformers' format: a folder, or a name on
+    the hub. Its tokenizer is taken, and its model.*, but for the context to train on (seq_len)."""
     out: Path = Path("checkpoints")
     """Folder for checkpoints, history and plot."""
     seed: int = 0
@@ -424,6 +478,10 @@ class Run:
         require(
             self.tracker in get_args(Tracker),
             f"tracker = {self.tracker!r} must be one of {', '.join(get_args(Tracker))}",
+        )
+        require(
+            not self.init_from or self.data.tokenizer in ("auto", self.init_from),
+            f"data.tokenizer = {self.data.tokenizer}: the model that init_from names has its own",
         )
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
         default = TrainingConfig()

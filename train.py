@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Growth, Run, TrainingConfig
-from models import SLM, fused, next_token_loss
+from models import fused, next_token_loss
 from transfer import GrowthError, State, grow
 from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
@@ -31,6 +31,7 @@ from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
 from utils.optimizer import Optimizer, check_lean, home, wake
+from utils.origin import Origin
 from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
 from utils.reporter import Reporter
@@ -45,6 +46,8 @@ def main(run: Run) -> None:
     device = choose_device(run.device)
     fused.enabled = run.training.fused
     keep_freed_memory()
+    origin = Origin.of(run)
+    run = origin.run
     found = stages(run)  # every phase is checked before any work
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:
@@ -64,15 +67,14 @@ def main(run: Run) -> None:
         return None
 
     with claimed(run.out), explained(run.out):
-        who = identity(run, corpus.fingerprint, device)
+        who = identity(run, corpus.fingerprint, device, origin.fingerprint)
         place, state = resumed(run, files, who) or (None, None)
         also = tracker(run.tracker, run.out)
         with History(run.out / HISTORY, length=place and place.history, also=also) as history:
             lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history, place))
             if state is None:
-                record_start(lab)
-                torch.manual_seed(run.seed)
-                state = State.of(SLM(run.model))
+                record_start(lab, origin.fingerprint)
+                state = origin.state()
             state = home(state, run.training, device)
             for stage in found[place.phase - 1 if place else 0 :]:
                 with within_memory(stage, run.training.micro_batch_size):

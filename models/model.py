@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, require
+from config import ModelConfig, RopeScaling, require
 from models.fused import fuses
 from models.moe import MoE, Routing
 from models.precision import lowered, side_by_side
@@ -175,7 +175,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim, self.n_heads, self.kv_heads = (
-            config.head_dim,
+            config.head_size,
             config.n_heads,
             config.kv_heads,
         )
@@ -238,10 +238,23 @@ def rotary(length: int, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tens
     """Cosine and sine (T, K) of the rotary angles (2104.09864), halves paired as Llama does."""
     exact = torch.promote_types(like.dtype, torch.float32)  # bf16 cannot count to a context's end
     place_T = torch.arange(length, device=like.device, dtype=exact)
-    pair = torch.arange(0, config.head_dim, 2, device=like.device, dtype=exact)
-    angle_TK = torch.outer(place_T, config.rope_theta ** (-pair / config.head_dim))
+    pair = torch.arange(0, config.head_size, 2, device=like.device, dtype=exact)
+    frequency = stretched(config.rope_theta ** (-pair / config.head_size), config.rope_scaling)
+    angle_TK = torch.outer(place_T, frequency)
     angle_TK = torch.cat([angle_TK, angle_TK], -1)
     return lowered(angle_TK.cos().to(like.dtype)), lowered(angle_TK.sin().to(like.dtype))
+
+
+def stretched(frequency: Tensor, how: RopeScaling) -> Tensor:
+    """Angular frequencies, divided by `how.factor`: all of them, or those of long wavelengths."""
+    if how.rope_type == "default":
+        return frequency
+    if how.rope_type == "linear":
+        return frequency / how.factor
+    turns = how.original_max_position_embeddings * frequency / (2 * torch.pi)
+    span = how.high_freq_factor - how.low_freq_factor
+    kept = ((turns - how.low_freq_factor) / span).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / how.factor)
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:

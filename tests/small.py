@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, RopeScaling
 from models import SLM
 from transfer import State
 
@@ -16,7 +16,11 @@ DENSE = ModelConfig(
 MOE = replace(DENSE, num_experts=5, top_k=2)
 LEARNED = replace(DENSE, position="learned", tied=False, n_kv_heads=None)
 LEARNED_MOE = replace(MOE, position="learned", tied=False)
+SCALING = RopeScaling("llama3", factor=8.0, original_max_position_embeddings=20)
+IMPORTED = replace(DENSE, head_dim=6, tied=False, rope_scaling=SCALING)
+"""With what only models from elsewhere have."""
 CONFIGS = {"dense": DENSE, "moe": MOE, "learned": LEARNED, "learned-moe": LEARNED_MOE}
+CONFIGS |= {"imported": IMPORTED}
 
 
 def trained_like(config: ModelConfig) -> SLM:

@@ -35,7 +35,7 @@ UPCYCLED = [Upcycle(4), Widen(2), Deepen(3), Widen(2, 0.5)]
 ANY = [[how] for how in (*WIDENINGS, *DEEPENINGS)] + [CHAIN]
 FROM_DENSE = [[Upcycle(4)], [Upcycle(1, 1)], UPCYCLING, UPCYCLED]
 GROWTHS = [(name, hows) for name in CONFIGS for hows in ANY]
-GROWTHS += [(name, hows) for name in ("dense", "learned") for hows in FROM_DENSE]
+GROWTHS += [(name, hows) for name in ("dense", "learned", "imported") for hows in FROM_DENSE]
 IDS = ["-".join([name, *(type(how).__name__ for how in hows)]) for name, hows in GROWTHS]
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 one_of_each = pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_interleaving_puts_a_new_block_after_each_even_run_of_old_ones():
 def test_widening_divides_the_logit_scale_only_where_the_head_is_tied(config):
     new, _ = plan_for(replace(config, logit_scale=0.6), Widen(3))
     assert new.logit_scale == pytest.approx(0.2 if config.tied else 0.6)
-    assert new.head_dim == config.head_dim
+    assert new.head_size == config.head_size
     assert new.n_heads * config.kv_heads == config.n_heads * new.kv_heads, "same groups"
 
 

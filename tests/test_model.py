@@ -39,8 +39,8 @@ def test_axes_names_every_dimension_of_every_parameter(config):
         "vocab": config.vocab_size,
         "position": config.seq_len,
         "embed": config.d_model,
-        "heads": config.n_heads * config.head_dim,
-        "kv_heads": config.kv_heads * config.head_dim,
+        "heads": config.n_heads * config.head_size,
+        "kv_heads": config.kv_heads * config.head_size,
         "ffn": config.d_ff,
         "expert": config.num_experts,
     }
@@ -97,7 +97,7 @@ def test_a_learned_position_goes_with_the_place_in_the_window(config):
 
 
 def test_rotary_positions_enter_attention_only_as_distances():
-    q_TK, k_TK = torch.randn(2, 1, DENSE.head_dim).double().expand(2, DENSE.seq_len, -1)
+    q_TK, k_TK = torch.randn(2, 1, DENSE.head_size).double().expand(2, DENSE.seq_len, -1)
     turn = rotary(DENSE.seq_len, DENSE, q_TK)
     score_TT = rotate(q_TK, *turn) @ rotate(k_TK, *turn).T
     torch.testing.assert_close(score_TT[1:, 1:], score_TT[:-1, :-1])

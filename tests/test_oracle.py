@@ -1,12 +1,14 @@
 """The architecture is Llama's and Mixtral's: theirs, given our weights, computes what ours does."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from small import DENSE, MOE, next_token_loss, trained_like, windows
+from small import DENSE, MOE, SCALING, next_token_loss, trained_like, windows
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from config import RopeScaling
 
 OURS = {
     "model.": "",
@@ -28,6 +30,8 @@ models = pytest.mark.parametrize(
             {},
             {"tied": False, "rope_theta": 500.0},
             {"n_kv_heads": None, "logit_scale": 0.25},
+            {"head_dim": 6, "rope_scaling": RopeScaling("linear", 3.0)},
+            {"head_dim": 6, "rope_scaling": SCALING},
             {"n_kv_heads": 1, "logit_scale": 3.0, "tied": False, "norm_eps": 1e-2},
         )
     ],
@@ -47,7 +51,8 @@ def theirs(model):
         "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "head_dim": config.head_size,
+        "rope_parameters": {"rope_theta": config.rope_theta, **asdict(config.rope_scaling)},
         "attn_implementation": "eager",
     }
     if config.num_experts:

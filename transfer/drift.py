@@ -1,6 +1,7 @@
 """Did growing keep the function? What is measured at a transition, and what it is held to.
 
-A model is judged by its logits on a frozen probe batch, in its own precision with autocast off.
+A model is judged by its logits on a frozen probe batch, in its own precision, but at least float32,
+with autocast off.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Growth, Widen
 from models import SLM
@@ -56,10 +57,40 @@ def exact_matmul() -> Iterator[None]:
         torch.set_float32_matmul_precision(chosen)
 
 
+@contextmanager
+def raised(model: SLM) -> Iterator[None]:
+    """Weights of less than float32 are raised to it where they are used, a block at a time."""
+    kept: dict[nn.Module, list[Tensor]] = {}
+
+    def up(module: nn.Module, *_: object) -> None:
+        kept[module] = [weight.data for weight in module.parameters()]
+        module.float()
+
+    def down(module: nn.Module, *_: object) -> None:
+        for weight, data in zip(module.parameters(), kept.pop(module), strict=True):
+            weight.data = data
+
+    if model.norm.weight.dtype.itemsize >= torch.float32.itemsize:
+        yield
+        return
+    others = [part for name, part in model.named_children() if name != "blocks"]
+    hooks = [block.register_forward_pre_hook(up) for block in model.blocks]
+    hooks += [block.register_forward_hook(down) for block in model.blocks]
+    try:
+        for part in others:
+            up(part)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in list(kept):
+            down(module)
+
+
 @torch.no_grad()
 def look(model: SLM, probe_BS: Tensor) -> View:
     """What `model` makes of windows (B, T + 1), one window at a time to spare memory."""
-    with exact_matmul(), torch.autocast(probe_BS.device.type, enabled=False):
+    with exact_matmul(), raised(model), torch.autocast(probe_BS.device.type, enabled=False):
         views = [look_at_one(model, window) for window in probe_BS.split(1)]
     return View(*(torch.cat(parts) for parts in zip(*views, strict=True)))
 

@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import Deepen, Growth, InputError, ModelConfig, Upcycle, Widen, require
+from config import (
+    Deepen,
+    Growth,
+    InputError,
+    ModelConfig,
+    TrainingConfig,
+    Upcycle,
+    Widen,
+    require,
+)
 from transfer import State
 from transfer.plan import shapes
 from utils.files import load_tensors, save_tensors
@@ -33,6 +42,8 @@ class Checkpoint:
     tokens: int = 0
     """Seen in training."""
     seed: int = 0
+    balance_coef: float = TrainingConfig.balance_coef
+    """Weight of the load-balancing loss that it was trained with."""
 
     @property
     def state(self) -> State:
@@ -63,7 +74,7 @@ def load(path: Path) -> Checkpoint:
     schema = content.pop("schema", None)
     require(schema == SCHEMA, f"{path} is no checkpoint of schema {SCHEMA} (schema = {schema})")
     try:
-        content["config"] = ModelConfig(**content["config"])
+        content["config"] = ModelConfig.of(content["config"])
         content["growth"] = tuple(OPERATORS[how.pop("how")](**how) for how in content["growth"])
         checkpoint = Checkpoint(**content)
     except (KeyError, TypeError, AttributeError, InputError) as error:

@@ -5,10 +5,11 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import TypeVar
 
-from config import PRESETS, InputError, Run
+from config import PRESETS, InputError, ModelConfig, Run, require
 from utils.errors import RunStopped
 from utils.signals import Stopped, stoppable
 
@@ -37,22 +38,38 @@ def leave(message: str, code: int) -> None:
 
 def parse(args: list[str]) -> Run:
     """`[PRESET] [--field value ...]` -> Run. Raises InputError where it cannot be one."""
-    preset, fields = "full", args
+    preset, overrides = "full", args
     if args and not args[0].startswith("-"):
-        preset, *fields = args
+        preset, *overrides = args
     if preset not in PRESETS:
         nearest = get_close_matches(preset, PRESETS, n=1)
         hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
         raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
     presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
-    return flags(
+    run = flags(
         Run,
-        fields,
+        overrides,
         default=PRESETS[preset](),
         prog=f"train.py {preset}",
         description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
         f"\n\nThe defaults below are those of {preset}.",
-        hint="; the preset comes first" if PRESETS.keys() & set(fields) else "",
+        hint="; the preset comes first" if PRESETS.keys() & set(overrides) else "",
+    )
+    check_origin(run, PRESETS[preset]().model)
+    return run
+
+
+def check_origin(run: Run, default: ModelConfig) -> None:
+    """Raises InputError where the model is both taken from elsewhere and described."""
+    told = [
+        f"model.{field.name} = {value}"
+        for field in fields(ModelConfig)
+        if field.name != "seq_len"
+        and (value := getattr(run.model, field.name)) != getattr(default, field.name)
+    ]
+    require(
+        not (run.init_from and told),
+        f"init_from = {run.init_from} brings its own model: {', '.join(told)} cannot be set",
     )
 
 

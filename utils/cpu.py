@@ -1,6 +1,7 @@
-"""What a CPU can compute in, and how its memory is kept."""
+"""What a CPU can compute in, how its memory is kept, and how much of it was used."""
 
 import ctypes
+from pathlib import Path
 
 import torch
 
@@ -25,3 +26,10 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_resident_gb() -> float | None:
+    """Most memory that this process has held, in 10^9 bytes; None where it is not counted."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(s.split()[1]) / 1e9 for s in lines if s.startswith("VmHWM:")), None)

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and that notice when a bit of them has changed."""
 
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,29 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes its place only once all files in it are complete and on the disk; one
+    that is there before is then removed."""
+    path = path.absolute()
+    part, old = (path.with_name(f".{path.name}.{os.getpid()}{end}{PART}") for end in ("", ".old"))
+    part.mkdir()
+    try:
+        yield part
+        for file in part.iterdir():
+            with file.open("r+b") as written:
+                os.fsync(written.fileno())
+        sync_folder(part)
+        with held():
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sweep_parts(folder: Path) -> None:

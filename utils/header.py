@@ -21,7 +21,9 @@ def header(run: Run, found: list[Stage], corpus: Corpus, device: torch.device) -
     """One line per phase: what is trained, on how much, and the memory it is expected to need."""
     tokens = f"{short(len(corpus.train))} training and {short(len(corpus.valid))} held-out tokens"
     name = "BUILT-IN STORIES (no hub)" if corpus.fallback else corpus.name
+    origin = [f"start   {run.init_from}, with its own tokenizer"] if run.init_from else []
     lines = [
+        *origin,
         f"data    {name}, {tokens}, vocabulary {corpus.vocab_size:,}",
         f"device  {device_name(device)}, {way(run, found, device)}",
         f"output  {run.out}, seed {run.seed}",

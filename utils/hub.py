@@ -23,9 +23,10 @@ REVISIONS = {
 """Commits of what runs are compared on; anything else is taken as it is on the day."""
 ROWS = 64
 """Rows of a dataset that are fetched at a time."""
+BLOCK = 1 << 24
+OFFLINE = "HF_HUB_OFFLINE=1 with a warm cache, or another HF_ENDPOINT"
 WAYS_OUT = (
-    "try --data.source builtin, --data.source PATH with a --data.tokenizer of your own, "
-    "HF_HUB_OFFLINE=1 with a warm cache, or another HF_ENDPOINT"
+    "try --data.source builtin, --data.source PATH with a --data.tokenizer of your own, " + OFFLINE
 )
 
 
@@ -80,13 +81,13 @@ def column(name: str, rows: Iterable[dict], text_field: str, read: Counter[str])
         raise InputError(f"{error}; {read[name]:,} texts had come: run again") from error
 
 
-def file(repo: str, name: str) -> Path:
-    """A file of a model on the hub, from the cache if it is there and whole."""
+def file(repo: str, name: str, what: str = "data.tokenizer", ways_out: str = WAYS_OUT) -> Path:
+    """A file of a model on the hub, from the cache if it is there and whole. `what` it is for."""
     import huggingface_hub
     from huggingface_hub import constants
 
     revision = REVISIONS.get(repo)
-    what = f"data.tokenizer: {name} of {repo}"
+    what = f"{what}: {name} of {repo}"
     with delivering(what):
         cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
     damaged = isinstance(cached, str) and not is_whole(Path(cached))
@@ -96,7 +97,7 @@ def file(repo: str, name: str) -> Path:
         what = f"{cached} is damaged (delete it); {what}"
     constants.HF_HUB_DISABLE_XET = True  # whose traffic cannot be seen
     constants.HF_HUB_DOWNLOAD_TIMEOUT = traffic.PATIENCE
-    with delivering(what):
+    with delivering(what, ways_out):
         answers()
         if damaged and constants.HF_HUB_OFFLINE:
             raise OSError("HF_HUB_OFFLINE is set")
@@ -126,14 +127,19 @@ def is_whole(path: Path) -> bool:
     """The cache names a file after its hash, git's or another, and links to it."""
     if not path.is_symlink():
         return True
-    name, content = Path(os.readlink(path)).name, path.read_bytes()
-    digests = {hashlib.new(how, content).hexdigest() for how in ("md5", "sha1", "sha256")}
-    digests.add(hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
-    return name in digests or len(name) not in map(len, digests)
+    name = Path(os.readlink(path)).name
+    digests = [hashlib.new(how) for how in ("md5", "sha1", "sha256")]
+    digests.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size))
+    digests = [digest for digest in digests if 2 * digest.digest_size == len(name)]
+    with path.open("rb") as file:
+        while block := file.read(BLOCK) if digests else b"":
+            for digest in digests:
+                digest.update(block)
+    return not digests or name in [digest.hexdigest() for digest in digests]
 
 
 @contextmanager
-def delivering(what: str) -> Iterator[None]:
+def delivering(what: str, ways_out: str = WAYS_OUT) -> Iterator[None]:
     """Turns what the libraries raise into one line that names the ways out."""
     from huggingface_hub import errors
 
@@ -147,7 +153,7 @@ def delivering(what: str) -> Iterator[None]:
     except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
         raise Absent(f"{what}: not on the hub, or not for you") from error
     except (OSError, http_error) as error:
-        raise Unreachable(f"{what} cannot be fetched ({brief(error)}); {WAYS_OUT}") from error
+        raise Unreachable(f"{what} cannot be fetched ({brief(error)}); {ways_out}") from error
     except Exception as error:  # what is wrong with a file shows as any error
         raise InputError(f"{what} cannot be read ({brief(error)})") from error
 

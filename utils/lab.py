@@ -59,8 +59,9 @@ class Lab:
         self.history(event, phase=stage.number, phase_name=stage.name, **values)
 
 
-def record_start(lab: Lab) -> None:
-    """The history's first line: all that it takes to run this again."""
+def record_start(lab: Lab, origin: str) -> None:
+    """The history's first line: all that it takes to run this again. `origin` is the fingerprint of
+    the model that the run starts from, empty for none."""
     lab.history(
         "run",
         config=asdict(lab.run),
@@ -68,6 +69,7 @@ def record_start(lab: Lab) -> None:
         corpus=lab.corpus.name,
         fallback=lab.corpus.fallback,
         fingerprint=lab.corpus.fingerprint,
+        init_fingerprint=origin or None,
         train_tokens=len(lab.corpus.train),
         valid_tokens=len(lab.corpus.valid),
         device=device_name(lab.device),
@@ -109,5 +111,6 @@ def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -
         phase_name=stage.name,
         tokens=stage.first_token + stage.tokens * trained,
         seed=lab.run.seed,
+        balance_coef=lab.run.training.balance_coef,
     )
     save(lab.run.out / name, checkpoint)

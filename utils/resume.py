@@ -22,11 +22,12 @@ FOLDER = "resume"
 SCHEMA = 1
 KEPT = 2
 FREE = (
-    "data.", "device", "dry_run", "out", "overwrite", "precision", "resume",
+    "data.", "device", "dry_run", "init_from", "out", "overwrite", "precision", "resume",
     "training.capture", "training.checkpoint_every", "training.fused",
     "tracker", "training.lean", "training.micro_batch_size",
 )  # fmt: skip
-"""Settings that may change between a run and its resumption (the tokens themselves may not)."""
+"""Settings that may change between a run and its resumption (the tokens themselves and what
+the run started from may not)."""
 
 
 class Place(NamedTuple):
@@ -69,10 +70,13 @@ class Identity:
         return [f"{name} was {was}, is {now}" for name, was, now in pairs if was != now]
 
 
-def identity(run: Run, fingerprint: str, device: torch.device) -> Identity:
+def identity(run: Run, fingerprint: str, device: torch.device, origin: str = "") -> Identity:
+    """`fingerprint` is that of the tokens, `origin` that of the model that the run starts from."""
     settings = {
         name: value for name, value in flat(asdict(run)).items() if not name.startswith(FREE)
     }
+    if origin:
+        settings["init_from (fingerprint)"] = origin
     return Identity(settings, fingerprint, device.type, torch.get_num_threads())
 
 
@@ -179,7 +183,7 @@ def resumed(run: Run, files: list[str], who: Identity) -> tuple[Place, State] | 
 
 
 def unpack(path: Path, content: dict) -> tuple[Place, State]:
-    state = State(ModelConfig(**content["model"]), content["weights"], content["adam"])
+    state = State(ModelConfig.of(content["model"]), content["weights"], content["adam"])
     check_weights(path, state.config, state.weights)
     content["reading"] = Reading(**content["reading"])
     return Place(**{name: content[name] for name in Place._fields}), state

@@ -104,7 +104,7 @@ def flops_per_token(config: ModelConfig) -> int:
     looked_up = config.seq_len if config.position == "learned" else 0
     looked_up += 0 if config.tied else config.vocab_size
     matrices = config.num_active_params - looked_up * config.d_model
-    attention = config.n_layers * config.n_heads * config.head_dim * config.seq_len
+    attention = config.n_layers * config.n_heads * config.head_size * config.seq_len
     return 6 * (matrices + attention)
 
 
