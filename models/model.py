@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig, RopeScaling, require
+from models.cache import Cache, Past
 from models.fused import fuses
 from models.moe import MoE, Routing
 from models.precision import lowered, side_by_side
@@ -79,6 +80,11 @@ class Output:
         """(B, T, V)"""
         return F.linear(self.hidden_BTD, self.head_VD[: self.vocab_size])
 
+    def logits_at(self, places: list[int]) -> Tensor:
+        """(B, V): those of one place in each row, without making all others."""
+        hidden_BD = self.hidden_BTD[range(len(places)), places]
+        return F.linear(hidden_BD, self.head_VD[: self.vocab_size])
+
     @property
     def balance_loss(self) -> Tensor:
         """Mean over layers; zero when dense."""
@@ -94,7 +100,8 @@ class Output:
 
 
 class SLM(nn.Module):
-    """tokens (B, T) int64 -> logits (B, T, V) and what the routers did. T is at most seq_len."""
+    """A decoder of `config`'s shape, initialised from torch's global generator. Raises InputError
+    where the configuration leaves the vocabulary's size open."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -111,19 +118,21 @@ class SLM(nn.Module):
             for name, weight in self.named_parameters():
                 initialise(name, weight, config.n_layers)
 
-    def forward(self, tokens_BT: Tensor) -> Output:
+    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
+        """tokens (B, T) int64 -> logits (B, T, V) and what the routers did. With a `cache` they go
+        on from the tokens it holds, and are added to those. Raises ValueError for a text longer
+        than seq_len."""
         config, length = self.config, tokens_BT.shape[1]
-        if length > config.seq_len:
-            raise ValueError(f"{length} tokens do not fit a context of {config.seq_len}")
-        x_BTD = self.embed(tokens_BT).to(self.norm.weight.dtype)
-        rotation = None
-        if config.position == "learned":
-            x_BTD = x_BTD + self.position.weight[:length]
-        else:
-            rotation = rotary(length, config, x_BTD)
+        end = length if cache is None else max(cache.lengths) + length
+        if end > config.seq_len:
+            raise ValueError(f"{end} tokens do not fit a context of {config.seq_len}")
+        place_BT, pasts = None, [None] * config.n_layers
+        if cache is not None:
+            place_BT, pasts = cache.extend(length)
+        x_BTD, rotation = self.embedded(tokens_BT, place_BT)
         delta_BTD, routing = None, []
-        for block in self.blocks:
-            x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation)
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation, past)
             if layer is not None:
                 routing.append(layer)
         _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
@@ -131,6 +140,21 @@ class SLM(nn.Module):
             x_BTD = x_BTD * config.logit_scale
         head = self.embed if config.tied else self.head
         return Output(x_BTD, head.weight, config.vocab_size, tuple(routing))
+
+    def embedded(
+        self, tokens_BT: Tensor, place_BT: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The tokens' embeddings (B, T, D), with their positions added or beside their rotary
+        angles. They stand where `place_BT` says, or from 0 on."""
+        x_BTD, length = self.embed(tokens_BT).to(self.norm.weight.dtype), tokens_BT.shape[1]
+        if self.config.position == "learned":
+            table = self.position.weight
+            return x_BTD + (table[:length] if place_BT is None else table[place_BT]), None
+        if place_BT is None:
+            place = torch.arange(length, device=x_BTD.device, dtype=torch.float32)
+        else:
+            place = place_BT[:, None]  # alike for all heads
+        return x_BTD, rotary(place, self.config, x_BTD)
 
 
 def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
@@ -144,6 +168,8 @@ def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple
 
 
 class Block(nn.Module):
+    """Attention, then a feed-forward or a mixture of them, each on the norm of the stream."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -156,11 +182,15 @@ class Block(nn.Module):
         self.is_moe = config.num_experts > 0
 
     def forward(
-        self, x_BTD: Tensor, delta_BTD: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+        self,
+        x_BTD: Tensor,
+        delta_BTD: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        past: Past | None = None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """Hands on the residual stream, and apart from it what is still to be added to it."""
         x_BTD, h_BTD = add_norm(x_BTD, delta_BTD, self.attn_norm)
-        x_BTD, h_BTD = add_norm(x_BTD, self.attn(h_BTD, rotation), self.ffn_norm)
+        x_BTD, h_BTD = add_norm(x_BTD, self.attn(h_BTD, rotation, past), self.ffn_norm)
         if self.is_moe:
             return x_BTD, *self.moe(h_BTD)
         return x_BTD, self.mlp(h_BTD), None
@@ -187,16 +217,30 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads, config.d_model, bias=False)
         self.register_parameter("packed", None)
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        past: Past | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D): each token of what it, and what came before it, holds."""
         q_BHTK, k_BGTK, v_BGTK = self.project(lowered(x_BTD), rotation)
+        if past is not None:
+            k_BGTK, v_BGTK = past.extended(k_BGTK, v_BGTK)
         y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.kv_heads != self.n_heads
+            q_BHTK,
+            k_BGTK,
+            v_BGTK,
+            attn_mask=None if past is None else past.seen_B1TS,
+            is_causal=past is None,
+            enable_gqa=self.kv_heads != self.n_heads,
         )
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
     def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """Queries (B, H, T, K), keys and values (B, G, T, K), turned by their rotary angles."""
-        if fuses(x_BTD):
+        one_table = rotation is None or rotation[0].dim() == 2  # not one for each row of a batch
+        if fuses(x_BTD) and one_table:
             from models.fused.project import Project
 
             weight = side_by_side(self)
@@ -234,13 +278,13 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-def rotary(length: int, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, K) of the rotary angles (2104.09864), halves paired as Llama does."""
+def rotary(place_T: Tensor, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (T, K) of the rotary angles (2104.09864) at places of any shape T, halves
+    paired as Llama does."""
     exact = torch.promote_types(like.dtype, torch.float32)  # bf16 cannot count to a context's end
-    place_T = torch.arange(length, device=like.device, dtype=exact)
     pair = torch.arange(0, config.head_size, 2, device=like.device, dtype=exact)
     frequency = stretched(config.rope_theta ** (-pair / config.head_size), config.rope_scaling)
-    angle_TK = torch.outer(place_T, frequency)
+    angle_TK = place_T.to(exact)[..., None] * frequency
     angle_TK = torch.cat([angle_TK, angle_TK], -1)
     return lowered(angle_TK.cos().to(like.dtype)), lowered(angle_TK.sin().to(like.dtype))
 
@@ -258,5 +302,6 @@ def stretched(frequency: Tensor, how: RopeScaling) -> Tensor:
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Each pair of a head's halves turned by its angle."""
     first, second = x_BHTK.chunk(2, -1)
     return x_BHTK * cos_TK + torch.cat([-second, first], -1) * sin_TK

@@ -98,7 +98,7 @@ def test_a_learned_position_goes_with_the_place_in_the_window(config):
 
 def test_rotary_positions_enter_attention_only_as_distances():
     q_TK, k_TK = torch.randn(2, 1, DENSE.head_size).double().expand(2, DENSE.seq_len, -1)
-    turn = rotary(DENSE.seq_len, DENSE, q_TK)
+    turn = rotary(torch.arange(DENSE.seq_len), DENSE, q_TK)
     score_TT = rotate(q_TK, *turn) @ rotate(k_TK, *turn).T
     torch.testing.assert_close(score_TT[1:, 1:], score_TT[:-1, :-1])
     assert (score_TT[0].unique()).numel() == DENSE.seq_len

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from config import RopeScaling
+from utils.generate import Sampling, generate
 
 OURS = {
     "model.": "",
@@ -105,3 +106,22 @@ def test_the_balance_loss_of_each_layer_is_the_reference_s(top_k):
         logits_NE = x_BTD.flatten(0, 1) @ weight_ED.T
         want = load_balancing_loss_func((logits_NE,), config.num_experts, top_k)
         torch.testing.assert_close(layer.balance, want)
+
+
+@models
+def test_the_likeliest_text_is_the_one_that_the_reference_generates(config):
+    ours = trained_like(replace(config, seq_len=40))
+    with torch.no_grad():
+        for weight in ours.blocks.parameters():
+            weight *= 3  # or a tied head would see little but the last token
+    reference, starts = theirs(ours), [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3]]
+    alone = [
+        reference.generate(
+            torch.tensor([start]), max_new_tokens=30, do_sample=False, eos_token_id=0
+        )
+        for start in starts
+    ]
+    want = [text[0, len(start) :].tolist() for text, start in zip(alone, starts, strict=True)]
+    want = [text[: text.index(0)] if 0 in text else text for text in want]
+    assert generate(ours, starts, 30, 0, Sampling(temperature=0)) == want
+    assert len({*want[0], *want[1], *want[2]}) > 3

@@ -1,7 +1,10 @@
+"""Growing a model, and the proof that its function was kept."""
+
 from transfer.drift import Drift, GrowthError, grow
 from transfer.growth import deepen, plan_for, widen
 from transfer.plan import State, carry_out
 from transfer.transfer import upcycle
+from transfer.verify import verify
 
 __all__ = [
     "Drift",
@@ -12,5 +15,6 @@ __all__ = [
     "grow",
     "plan_for",
     "upcycle",
+    "verify",
     "widen",
 ]

@@ -9,8 +9,8 @@ from config import Run
 from transfer import State
 from utils.checkpoint import Checkpoint, save
 from utils.data import Corpus, windows
-from utils.device import autocast, device_name, training_dtype
-from utils.generate import stories
+from utils.device import device_name, training_dtype
+from utils.generate import Sampling, stories
 from utils.history import History
 from utils.output import versions
 from utils.resume import Keeper
@@ -83,20 +83,11 @@ def record_start(lab: Lab, origin: str) -> None:
 
 
 def samples(state: State, lab: Lab) -> list[str]:
-    """A story for each of PROMPTS, drawn with the run's seed."""
-    model = state.model()
-    length = lab.run.training.sample_tokens
-    generator = torch.Generator().manual_seed(lab.run.seed)
-    corpus = lab.corpus
-    with autocast(lab.device, lab.dtype):
-        return stories(
-            model,
-            corpus.tokenizer,
-            corpus.eos,
-            PROMPTS if length else (),
-            length,
-            generator=generator,
-        )
+    """A story for each of PROMPTS, drawn with the run's seed and in the weights' own precision:
+    casting them for every token would take longer than the products."""
+    length, corpus = lab.run.training.sample_tokens, lab.corpus
+    prompts, sampling = PROMPTS if length else (), Sampling(seed=lab.run.seed)
+    return stories(state.model(), corpus.tokenizer, corpus.eos, prompts, length, sampling)
 
 
 def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -> None:

@@ -33,7 +33,8 @@ def pieces(
         torch.autograd.grad(loss, (x_BTD, head_VD))
 
     def attention(module: nn.Module) -> Tensor:
-        rotation = rotary(config.seq_len, config, x_BTD) if config.position == "rope" else None
+        place_T = torch.arange(config.seq_len, device=device)
+        rotation = rotary(place_T, config, x_BTD) if config.position == "rope" else None
         return module(lowered(x_BTD), rotation)
 
     def feed_forward(module: nn.Module) -> Tensor:
