@@ -77,7 +77,7 @@ class Output:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, T, V)"""
+        """(B, T, V), made when first asked for."""
         return F.linear(self.hidden_BTD, self.head_VD[: self.vocab_size])
 
     def logits_at(self, places: list[int]) -> Tensor:
@@ -188,7 +188,8 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         past: Past | None = None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """Hands on the residual stream, and apart from it what is still to be added to it."""
+        """Hands on the residual stream (B, T, D), and apart from it what is still to be added to
+        it; then what the router did, None without one."""
         x_BTD, h_BTD = add_norm(x_BTD, delta_BTD, self.attn_norm)
         x_BTD, h_BTD = add_norm(x_BTD, self.attn(h_BTD, rotation, past), self.ffn_norm)
         if self.is_moe:
@@ -268,6 +269,7 @@ class MLP(nn.Module):
         self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)"""
         x_BTD = lowered(x_BTD)
         if fuses(x_BTD):
             from models.fused.swiglu import GateUp

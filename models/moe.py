@@ -37,6 +37,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
+        """The weights (N, C) of each token's chosen experts, which sum to 1, and the choice."""
         # In the weights' own precision: rounding the logits to bf16 would flip close choices.
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(self.weight.dtype), self.weight)
@@ -74,6 +75,7 @@ class MoE(nn.Module):
         self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+        """(B, T, D) -> (B, T, D), and what the router did."""
         x_ND = x_BTD.flatten(0, 1)
         if fuses(x_ND) and has_grouped_mm(lowered(self.down_proj)):
             from models.fused.experts import Experts

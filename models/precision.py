@@ -20,7 +20,9 @@ class Packs(Protocol):
     packed: nn.Parameter | None
     """In their place where a copy of the model is kept for training (utils/masters.py)."""
 
-    def get_parameter(self, target: str) -> nn.Parameter: ...
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As nn.Module's."""
+        ...
 
 
 def side_by_side(module: Packs) -> Tensor:

@@ -96,6 +96,7 @@ def look(model: SLM, probe_BS: Tensor) -> View:
 
 
 def look_at_one(model: SLM, window: Tensor) -> View:
+    """What `model` makes of one window (1, T + 1)."""
     out = model(window[:, :-1])
     loss_T = F.cross_entropy(out.logits[0], window[0, 1:], reduction="none")
     chosen = [layer.chosen_NC.sort(-1).values for layer in out.routing]
@@ -217,6 +218,7 @@ class Structure:
         return list(self.errors)[index], values[index].item()
 
     def summary(self) -> dict[str, float | None]:
+        """What Drift holds of it, by the names there."""
         spreads = torch.stack(self.routers or [torch.ones(())])
         furthest = (spreads - 1).abs().nan_to_num(nan=torch.inf).argmax()
         return {

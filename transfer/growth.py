@@ -65,14 +65,15 @@ def plan_for(config: ModelConfig, how: Growth) -> tuple[ModelConfig, Plan]:
 
 def widen(model: SLM, factor: int = 2, noise: float = 0.1, seed: int = 0) -> SLM:
     """A model `factor` times as wide with the logits of `model`, which is left as it was. `noise`,
-    relative to each weight's standard deviation, sets the copies apart; it cancels in the logits.
-    """
+    relative to each weight's standard deviation and drawn with `seed`, sets the copies apart; it
+    cancels in the logits. Raises InputError for a `factor` below 1 or a negative `noise`."""
     config, plan = widen_plan(model.config, Widen(factor, noise))
     return carry_out(config, plan, State.of(model), seed).model()
 
 
 def deepen(model: SLM, extra_layers: int = 3, where: Where = "interleaved", seed: int = 0) -> SLM:
     """A model with `extra_layers` more blocks, `interleaved` or at the `end`, with the logits of
-    `model`, which is left as it was."""
+    `model`, which is left as it was. `seed` draws what is not zero in the new blocks. Raises
+    InputError for a negative number of them or another place."""
     config, plan = deepen_plan(model.config, Deepen(extra_layers, where))
     return carry_out(config, plan, State.of(model), seed).model()

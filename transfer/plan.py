@@ -32,6 +32,7 @@ class State:
 
     @classmethod
     def of(cls, model: SLM) -> "State":
+        """The model's own tensors, not copies of them, and nothing for Adam to remember."""
         return cls(model.config, {name: p.detach() for name, p in model.named_parameters()})
 
     def to(self, device: torch.device, adam: torch.device | None = None) -> "State":
@@ -67,13 +68,16 @@ class Tile(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """What the old values are multiplied by."""
         return 1 / self.copies[-1] if self.summed else 1.0
 
     @property
     def share(self) -> float:
+        """Of the old gradient, what that of each copy is."""
         return 1 / (math.prod(self.copies) * self.scale)
 
     def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
+        """The new parameter; `generator` draws the noise. `old` is left as it was."""
         new = old.tile(self.copies).mul_(self.scale)
         inputs = self.copies[-1]
         if self.noise and self.summed and inputs > 1:
@@ -86,6 +90,7 @@ class Tile(NamedTuple):
         return new
 
     def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Adam's memory of the new parameter, from its memory of the old one."""
         return {
             "step": old["step"].clone(),
             "exp_avg": old["exp_avg"].tile(self.copies).mul_(self.share),
@@ -116,6 +121,7 @@ class Fresh(NamedTuple):
     """All zeros instead of the model's own initialisation."""
 
     def weight(self, name: str, like: Tensor, n_layers: int, generator: torch.Generator) -> Tensor:
+        """The new parameter, with `like`'s shape, device and dtype, in a model of `n_layers`."""
         new = torch.zeros_like(like)
         if not self.zero:
             initialise(name, new, n_layers, generator)
@@ -129,7 +135,8 @@ Inspect = Callable[[str, Row, Tensor | None, Tensor], None]
 
 
 def tile(name: str, source: str | None = None, noise: float = 0.0, **times: int) -> Tile:
-    """Repeats the named axes of a parameter; `source` is its old name, where that differs."""
+    """Repeats the named axes of a parameter; `source` is its old name, where that differs. Raises
+    KeyError for a parameter that AXES does not know."""
     outputs, summed = axes(name)
     dims = (*outputs, summed) if summed else outputs
     copies = tuple(times.get(axis, 1) for axis in dims)
@@ -138,7 +145,7 @@ def tile(name: str, source: str | None = None, noise: float = 0.0, **times: int)
 
 @cache
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter of a model of this configuration, in its order."""
+    """Every parameter of a model of this configuration, by name and in its order."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in SLM(config).named_parameters()}
 

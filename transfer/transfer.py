@@ -26,6 +26,7 @@ def upcycle_plan(config: ModelConfig, how: Upcycle) -> tuple[ModelConfig, Plan]:
 
 def upcycle(model: SLM, num_experts: int = 8, top_k: int = 2, seed: int = 0) -> SLM:
     """A mixture of `num_experts` copies of each feed-forward, `top_k` to a token, with the logits
-    of `model`, which is left as it was. Raises InputError where `model` has experts already."""
+    of `model`, which is left as it was. `seed` draws the routers. Raises InputError where `model`
+    has experts already or `top_k` is more than there are."""
     config, plan = upcycle_plan(model.config, Upcycle(num_experts, top_k))
     return carry_out(config, plan, State.of(model), seed).model()

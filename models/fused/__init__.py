@@ -16,10 +16,12 @@ enabled = True
 
 @cache
 def has_triton() -> bool:
+    """Whether it is installed; it is not where torch came without CUDA."""
     return find_spec("triton") is not None
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels may compute products of this type on this device."""
     return enabled and device.type == "cuda" and dtype == torch.bfloat16 and has_triton()
 
 

@@ -192,6 +192,8 @@ def combine_kernel(
 
 
 class Route(NamedTuple):
+    """What the router did with a batch, and where its choices' rows lie."""
+
     logits_NE: Tensor
     chosen_NC: Tensor
     weight_NC: Tensor
@@ -207,6 +209,7 @@ class Route(NamedTuple):
 
 
 def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
+    """The choices of each token, sorted by expert; plain: models.moe.Router."""
     tokens, (experts, width) = len(x_ND), router_ED.shape
     blocks, padded = triton.cdiv(tokens, ROWS), max(16, triton.next_power_of_2(experts))
     exact, whole = router_ED.new_empty, router_ED.new_empty
@@ -239,6 +242,7 @@ def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
 
 
 def gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
+    """(N, D) -> (M, D), the row of each choice's token."""
     out_MD = x_ND.new_empty(len(token_M), x_ND.shape[1])
     gather_kernel[(len(token_M),)](
         x_ND, token_M, out_MD, x_ND.shape[1], BLOCK=triton.next_power_of_2(x_ND.shape[1])
@@ -249,6 +253,7 @@ def gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
 def combine(
     y_MD: Tensor, row_NC: Tensor, slope_NE: Tensor | None = None, router_ED: Tensor | None = None
 ) -> Tensor:
+    """(M, D) -> (N, D), the sum over each token's choices, plus the router's slope where given."""
     tokens, choices = row_NC.shape
     experts, width = 0 if router_ED is None else len(router_ED), y_MD.shape[1]
     out_ND = y_MD.new_empty(tokens, width)
@@ -261,6 +266,7 @@ def combine(
 
 
 def grouped(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows up to ends_E[e] times expert e's weight."""
     return F.grouped_mm(x, weight, offs=ends_E)
 
 
