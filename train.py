@@ -74,7 +74,7 @@ def main(run: Run) -> None:
             lab = Lab.of(run, found, corpus, device, history, Keeper(run, who, history, place))
             if state is None:
                 record_start(lab, origin.fingerprint)
-                state = origin.state()
+                state = origin.state(run.model)
             state = home(state, run.training, device)
             for stage in found[place.phase - 1 if place else 0 :]:
                 with within_memory(stage, run.training.micro_batch_size):

@@ -104,7 +104,7 @@ def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
     # By convention parameters that multiply without a sum, the gains, count as if they had one;
     # half of attention is masked away.
     gains = 6 * (2 * config.n_layers + 1) * config.d_model
-    half = 6 * config.n_layers * config.d_model * config.seq_len
+    half = 6 * config.n_layers * config.n_heads * config.head_size * config.seq_len
     per_token = flops_per_token(config)
     assert counted["aten.mm"] == tokens[:, 1:].numel() * (per_token - gains - half)
     assert counted["aten.bmm"] == tokens[:, 1:].numel() * 2 * half

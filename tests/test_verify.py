@@ -103,6 +103,7 @@ def test_the_limits_are_checked():
 
 def test_the_code_in_the_readme_runs(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    blocks = [block for block in blocks if "pandas" not in block]  # that one is test_history's
     assert len(blocks) >= 2
     for block in blocks:
         exec(block, {})

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from config import InputError, Run, require
+from config import InputError, ModelConfig, Run, require
 from models import SLM
 from transfer import State
 from utils.pretrained import Pretrained, find
@@ -38,9 +38,9 @@ class Origin:
         data = replace(run.data, tokenizer=run.init_from)
         return cls(replace(run, model=model, data=data), found, found.fingerprint())
 
-    def state(self) -> State:
-        """The model before its first step, in float32."""
+    def state(self, config: ModelConfig) -> State:
+        """The model before its first step, in float32; `config` is the run's, its vocabulary known."""
         if self.pretrained is None:
             torch.manual_seed(self.run.seed)
-            return State.of(SLM(self.run.model))
-        return State(self.run.model, self.pretrained.state(torch.float32).weights)
+            return State.of(SLM(config))
+        return State(config, self.pretrained.state(torch.float32).weights)
