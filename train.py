@@ -118,6 +118,8 @@ def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> Stat
 
 def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     """The phase's model, made of the last one's. Raises RunStopped where the function moved."""
+    if lab.run.training.at_growth != "carry":
+        state = replace(state, adam={})
     began, old_params = lab.history.now(), state.config.num_params
     error = None
     try:
@@ -147,7 +149,7 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
 def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, dict[str, float]]:
     """One phase of training, on from `place`: the State it ends in, and the last measurements."""
     phase, settings = stage.phase, lab.run.training
-    optimizer = wake(state, settings, lab.dtype)
+    optimizer = wake(state, settings, lab.dtype, stage.growth)
     step = stepper(optimizer, settings, lab.dtype, phase.steps - place.step)
     reporter = Reporter(stage, lab, place)
     stream = batches(lab.corpus.train, stage, lab.run.seed, lab.device, place.step)

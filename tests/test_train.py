@@ -104,8 +104,8 @@ def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
     events = read(finished / HISTORY)
     for event, how in zip(select(events, "grow"), GROWTH, strict=True):
         assert event["how"] == type(how).__name__
-        assert event["max_logit_diff"] <= how.max_logit_drift
-        assert abs(event["loss_drift"]) <= how.max_loss_drift
+        assert event["max_logit_diff"] <= how.limits.logit
+        assert abs(event["loss_drift"]) <= how.limits.loss
     for before, after in pairwise(select(events, "eval")):
         if after["step"] == 0:
             assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)

@@ -154,13 +154,15 @@ def compare_checkpoints(before: Path, after: Path) -> bool:
             for name, row in plan.items():
                 source = old.weights[row.source] if isinstance(row, Tile) else None
                 structure(name, row, source, new.weights[name])
-    drift = compare(look(old.state.model(), old.probe), look(new.state.model(), old.probe), layers)
+    exact = all(how.exact for how in grown)
+    old_view, new_view = (look(model.state.model(), old.probe) for model in (old, new))
+    drift = compare(old_view, new_view, layers, exact)
     if len(grown) == 1:
         drift = replace(drift, **structure.summary())
     for name, value in asdict(drift).items():
         if value is not None:
             print(f"{name:<18}{value:.6g}")
-    loosest = max(grown, key=lambda how: how.max_logit_drift, default=Deepen())
+    loosest = max(grown, key=lambda how: how.limits.logit, default=Deepen())
     broken = broken_laws(drift, loosest)
     print("\n".join(broken))
     return not broken
