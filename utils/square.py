@@ -19,7 +19,8 @@ from utils.optimizer import Plain
 
 SETTINGS = TrainingConfig(weight_decay=0.0, grad_clip=1e9)
 """The norm of the gradient changes in growing: clipping would not commute."""
-STEPS = 25
+BEFORE, STEPS = 5, 25
+"""Of Adam before the growth, and after it or in its stead."""
 LR = 3e-3
 ALLOWED = 1e-12
 """Largest |logit difference| that float64 may leave."""
@@ -42,7 +43,7 @@ def trained(state: State, paces: Rates, settings: TrainingConfig, batches: list[
 
 
 class Square:
-    """One growth of a small random model, in float64; Adam has trained it for STEPS before."""
+    """One growth of a small random model, in float64; Adam has trained it for BEFORE already."""
 
     def __init__(self, config: ModelConfig, how: Growth, settings: TrainingConfig = SETTINGS):
         if isinstance(how, Deepen):  # a new router adds to the mean of the balance losses
@@ -50,11 +51,11 @@ class Square:
         self.how, self.settings = how, settings
         torch.manual_seed(0)
         shape = 4, config.seq_len + 1
-        batches = [torch.randint(config.vocab_size, shape) for _ in range(2 * STEPS)]
-        self.later = batches[STEPS:]
+        batches = [torch.randint(config.vocab_size, shape) for _ in range(BEFORE + STEPS)]
+        self.later = batches[BEFORE:]
         fresh = State.of(SLM(config).double())
         alone = rates(fresh.weights, ())
-        self.old = trained(fresh, alone, settings, batches[:STEPS])
+        self.old = trained(fresh, alone, settings, batches[:BEFORE])
         self.config, self.plan = plan_for(config, how)
         last = trained(self.old, alone, settings, self.later)
         self.goal = self.judged(carry_out(self.config, self.plan, last))
