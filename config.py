@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 
 class InputError(ValueError):
@@ -163,10 +163,32 @@ class ModelConfig:
         return self.n_layers * (attention + ffn) + tables * self.d_model + norms
 
 
+class Limits(NamedTuple):
+    """How far growing may move a model on the probe batch, in float32."""
+
+    logit: float
+    """Largest |logit difference|."""
+    loss: float
+    """Change of the loss, in nats per token."""
+
+
+TIGHT = Limits(1e-4, 1e-4)
+"""For growth that keeps the function: what rounding leaves."""
+LOOSE = Limits(1e3, 10.0)
+"""For growth that does not: it must not leave less than a model that has learned nothing."""
+
+
 def check_limits(how: "Growth") -> None:
     for name in ("max_logit_drift", "max_loss_drift"):
         value = getattr(how, name)
-        require(0 <= value < inf, f"{name} = {value} must be finite and not negative")
+        fits = value is None or 0 <= value < inf
+        require(fits, f"{name} = {value} must be finite and not negative")
+
+
+def chosen_limits(how: "Growth", default: Limits) -> Limits:
+    """Those that the user set, and the default for those that are None."""
+    logit, loss = how.max_logit_drift, how.max_loss_drift
+    return Limits(default.logit if logit is None else logit, default.loss if loss is None else loss)
 
 
 @dataclass(frozen=True)
@@ -177,10 +199,17 @@ class Upcycle:
     """Experts in each layer."""
     top_k: int = 2
     """Experts that each token visits."""
-    max_logit_drift: float = 1e-4
-    """Largest |logit difference| allowed on the probe batch, in float32."""
-    max_loss_drift: float = 1e-4
-    """Largest change of the probe loss allowed, in nats."""
+    router_scale: float = 1.0
+    """The router's first weights, as a multiple of Xavier's law."""
+    redrawn: float = 0.0
+    """Share of each expert's inner dimensions drawn anew (Drop-Upcycling takes 0.5): the experts
+    begin apart, and the function is not kept."""
+    max_logit_drift: float | None = None
+    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and 1000 where
+    a part is redrawn."""
+    max_loss_drift: float | None = None
+    """Largest change of the probe loss allowed, in nats. None: 1e-4, and 10 where a part is
+    redrawn."""
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -189,6 +218,18 @@ class Upcycle:
             1 <= self.top_k <= self.num_experts,
             f"top_k = {self.top_k} must be between 1 and num_experts = {self.num_experts}",
         )
+        scale, redrawn = self.router_scale, self.redrawn
+        require(0 < scale < inf, f"router_scale = {scale} must be positive and finite")
+        require(0 <= redrawn <= 1, f"redrawn = {redrawn} must be between 0 and 1")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the function is kept."""
+        return not self.redrawn
+
+    @property
+    def limits(self) -> Limits:
+        return chosen_limits(self, TIGHT if self.exact else LOOSE)
 
 
 @dataclass(frozen=True)
@@ -200,40 +241,64 @@ class Widen:
     noise: float = 0.1
     """Noise on the copies, relative to each weight's standard deviation; it cancels over the copied
     inputs, so the function is kept. At 0 the copies get equal gradients and stay equal for ever."""
-    max_logit_drift: float = 1e-3
-    """Largest |logit difference| allowed on the probe batch, in float32."""
-    max_loss_drift: float = 1e-4
-    """Largest change of the probe loss allowed, in nats."""
+    max_logit_drift: float | None = None
+    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-3."""
+    max_loss_drift: float | None = None
+    """Largest change of the probe loss allowed, in nats. None: 1e-4."""
 
     def __post_init__(self) -> None:
         check_limits(self)
         require(self.factor >= 1, f"factor = {self.factor} must be at least 1")
         require(0 <= self.noise < inf, f"noise = {self.noise} must be finite and not negative")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the function is kept."""
+        return True
 
-Where = Literal["interleaved", "end"]
+    @property
+    def limits(self) -> Limits:
+        return chosen_limits(self, TIGHT._replace(logit=1e-3))
+
+
+Where = Literal["interleaved", "end", "middle"]
+Init = Literal["identity", "copy"]
 
 
 @dataclass(frozen=True)
 class Deepen:
-    """New blocks that add nothing yet: their output projections start at zero."""
+    """New blocks that add nothing yet, or copies of the old ones. Adam warms up anew in each."""
 
     extra_layers: int = 3
     """New blocks."""
     where: Where = "interleaved"
-    """Between the old blocks, as evenly as can be, or after them."""
-    max_logit_drift: float = 1e-4
-    """Largest |logit difference| allowed on the probe batch, in float32."""
-    max_loss_drift: float = 1e-4
-    """Largest change of the probe loss allowed, in nats."""
+    """Between the old blocks, as evenly as can be, after them, or all in the middle."""
+    init: Init = "identity"
+    """identity: output projections of zero, so that the function is kept. copy: each run of new
+    blocks repeats the old ones before it (G_stack), which changes the function."""
+    max_logit_drift: float | None = None
+    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and 1000 for
+    copies."""
+    max_loss_drift: float | None = None
+    """Largest change of the probe loss allowed, in nats. None: 1e-4, and 10 for copies."""
 
     def __post_init__(self) -> None:
         check_limits(self)
         require(self.extra_layers >= 0, f"extra_layers = {self.extra_layers} is negative")
         require(
-            self.where in ("interleaved", "end"),
-            f"where = {self.where!r} must be 'interleaved' or 'end'",
+            self.where in get_args(Where),
+            f"where = {self.where!r} must be 'interleaved', 'end' or 'middle'",
         )
+        require(self.init in get_args(Init), f"init = {self.init!r} must be 'identity' or 'copy'")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the function is kept."""
+        return self.init == "identity" or not self.extra_layers
+
+    @property
+    def limits(self) -> Limits:
+        return chosen_limits(self, TIGHT if self.exact else LOOSE)
 
 
 Growth = Upcycle | Widen | Deepen
@@ -260,6 +325,10 @@ class Phase:
         require(self.steps >= 0, f"steps = {self.steps} must not be negative")
         require(self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1")
         require(0 <= self.lr < inf, f"lr = {self.lr} must be finite and not negative")
+
+
+Scaling = Literal["same", "width"]
+AtGrowth = Literal["carry", "reset", "reset-warmup"]
 
 
 @dataclass(frozen=True)
@@ -306,6 +375,13 @@ class TrainingConfig:
     torch's own operations under autocast."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Run the fused step as one CUDA graph. auto: in phases long enough for it to pay."""
+    lr_scaling: Scaling = "same"
+    """same: one learning rate for all. width: divided for each matrix by how often its input axis
+    has been copied, its decay multiplied by as much, Adam's eps scaled as the gradients were; a
+    model widened without noise then trains exactly as it would have before."""
+    at_growth: AtGrowth = "carry"
+    """Adam's memory in a phase that grew: carried over, and the learning rate warms up. reset: it
+    forgets, and starts at the peak. reset-warmup: it forgets, and the learning rate warms up."""
     weight_decay: float = 0.01
     """Decoupled, on matrices and embeddings; gains of norms are left alone."""
     grad_clip: float = 1.0
@@ -314,6 +390,8 @@ class TrainingConfig:
     """Decay of Adam's first moment."""
     beta2: float = 0.95
     """Decay of Adam's second moment."""
+    eps: float = 1e-8
+    """Added to the root of Adam's second moment."""
     warmup: float = 0.05
     """Share of each phase's steps over which the learning rate rises to its peak."""
     lr_floor: float = 0.1
@@ -357,10 +435,12 @@ class TrainingConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"training.{name} = {value} must be in [0, 1)")
-        require(
-            0 < self.grad_clip < inf,
-            f"training.grad_clip = {self.grad_clip} must be positive and finite",
-        )
+        for name in ("grad_clip", "eps"):
+            value = getattr(self, name)
+            require(0 < value < inf, f"training.{name} = {value} must be positive and finite")
+        for name, values in (("lr_scaling", get_args(Scaling)), ("at_growth", get_args(AtGrowth))):
+            value = getattr(self, name)
+            require(value in values, f"training.{name} = {value!r} must be one of {values}")
         require(
             re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every) is not None,
             f"training.checkpoint_every = {self.checkpoint_every!r} is neither a number of steps "

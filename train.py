@@ -34,7 +34,7 @@ from utils.optimizer import Optimizer, check_lean, home, wake
 from utils.origin import Origin
 from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
-from utils.reporter import Reporter
+from utils.reporter import Reporter, loss_fp32
 from utils.resume import Keeper, Place, forget, identity, resumed
 from utils.schedule import Stage, check_memory, lr_at, stages
 from utils.signals import Stopped, held
@@ -126,8 +126,10 @@ def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> Stat
 
 def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     """The phase's model, made of the last one's. Raises RunStopped where the function moved."""
-    began, old_params = lab.history.now(), state.config.num_params
-    error = None
+    if lab.run.training.at_growth != "carry":
+        state = replace(state, adam={})
+    before, old_params = loss_fp32(state, lab), state.config.num_params
+    began, error = lab.history.now(), None
     try:
         state, drift = grow(state, how, lab.probe, lab.run.seed + stage.number, consume=True)
     except GrowthError as broken:
@@ -141,6 +143,7 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
         params_before=old_params,
         params_after=stage.config.num_params,
         growth_s=lab.history.now() - began,
+        valid_loss_fp32=before,
         **drift.finite(),
     )
     if error is not None:
@@ -155,7 +158,7 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
 def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, dict[str, float]]:
     """One phase of training, on from `place`: the State it ends in, and the last measurements."""
     phase, settings = stage.phase, lab.run.training
-    optimizer = wake(state, settings, lab.dtype)
+    optimizer = wake(state, settings, lab.dtype, stage.growth)
     step = stepper(optimizer, settings, lab.dtype, phase.steps - place.step)
     reporter = Reporter(stage, lab, place)
     stream = batches(lab.corpus.train, stage, lab.run.seed, lab.device, place.step)
@@ -169,7 +172,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
             while True:
                 if lab.keeper.due(place.step, phase.steps):
                     keep(place)
-                reporter.report(optimizer.model)
+                reporter.report(optimizer)
                 if place.step == phase.steps:
                     return optimizer.rest(), reporter.last
                 tokens = next(stream)

@@ -26,6 +26,8 @@ class Routing(NamedTuple):
     of tokens x mean probability), top_k where both are uniform."""
     z: Tensor
     """Mean squared log of the softmax denominator (ST-MoE, 2202.08906, eq. 5)."""
+    logits_NE: Tensor
+    """Without gradients."""
 
 
 class Router(nn.Module):
@@ -50,6 +52,7 @@ class Router(nn.Module):
                 load_E=share_E / self.top_k,
                 balance=len(self.weight) * (share_E * logits_NE.softmax(-1).mean(0)).sum(),
                 z=logits_NE.logsumexp(-1).square().mean(),
+                logits_NE=logits_NE.detach(),
             )
 
 
@@ -82,10 +85,10 @@ class MoE(nn.Module):
 
             gate_up, down = side_by_side(self), lowered(self.down_proj)
             router = self.router
-            y_ND, balance, z, chosen_NC, load_E = Experts.apply(
+            y_ND, balance, z, chosen_NC, load_E, logits_NE = Experts.apply(
                 lowered(x_ND), router.weight, gate_up, down, router.top_k
             )
-            return y_ND.view(x_BTD.shape), Routing(chosen_NC, load_E, balance, z)
+            return y_ND.view(x_BTD.shape), Routing(chosen_NC, load_E, balance, z, logits_NE)
         weight_NC, routing = self.router(x_ND)
         order_M = routing.chosen_NC.flatten().argsort(stable=True)
         ends_E = count(routing.chosen_NC, len(self.gate_proj)).cumsum(0, dtype=torch.int32)

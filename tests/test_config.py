@@ -18,9 +18,13 @@ from config import (
     Widen,
 )
 
+CHOICES = {"lr_scaling": "width", "at_growth": "reset"}
 
-def other(value):
+
+def other(name, value):
     """Another valid value of the same field."""
+    if name in CHOICES:
+        return CHOICES[name]
     if is_dataclass(value):
         return replace(value, max_logit_drift=7.0)
     if isinstance(value, str):
@@ -58,7 +62,7 @@ def test_every_field_of_the_schedule_reaches_its_phase():
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainingConfig)])
 def test_beside_phases_of_its_own_a_field_is_refused_if_and_only_if_it_would_have_no_effect(name):
     default = TrainingConfig()
-    changed = replace(default, **{name: other(getattr(default, name))})
+    changed = replace(default, **{name: other(name, getattr(default, name))})
     idle = changed.phases() != default.phases()
     assert idle == (name in SCHEDULE_FIELDS)
     own = {"only": Phase()}
@@ -115,7 +119,15 @@ def test_a_preset_is_a_complete_documented_run_that_json_can_hold(name):
         (Widen, {"noise": -0.1}, "noise = -0.1"),
         (Widen, {"noise": float("nan")}, "noise = nan"),
         (Deepen, {"extra_layers": -1}, "extra_layers = -1"),
+        (Upcycle, {"router_scale": 0.0}, "router_scale = 0.0"),
+        (Upcycle, {"redrawn": 1.5}, "redrawn = 1.5"),
+        (Upcycle, {"max_loss_drift": -1.0}, "max_loss_drift = -1.0"),
         (Deepen, {"where": "side"}, "where = 'side'"),
+        (Deepen, {"init": "random"}, "init = 'random'"),
+        (Deepen, {"max_logit_drift": float("nan")}, "max_logit_drift = nan"),
+        (TrainingConfig, {"lr_scaling": "depth"}, "training.lr_scaling = 'depth'"),
+        (TrainingConfig, {"at_growth": "drop"}, "training.at_growth = 'drop'"),
+        (TrainingConfig, {"eps": 0.0}, "training.eps = 0.0"),
         (Phase, {"steps": -1}, "steps = -1"),
         (Phase, {"batch_size": 0}, "batch_size = 0"),
         (Phase, {"lr": -1e-3}, "lr = -0.001"),

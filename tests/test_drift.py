@@ -85,6 +85,20 @@ def test_an_exact_growth_passes_and_is_measured(config, how, dtype, tolerance):
         assert 0 <= drift.load_min <= 1 / new.config.num_experts <= drift.load_max <= 1
 
 
+@pytest.mark.parametrize("how", [Deepen(2, init="copy"), Upcycle(5, redrawn=0.5)])
+def test_a_growth_that_changes_the_function_is_measured_and_held_to_a_limit_of_its_own(how):
+    new, drift = grow(state(DENSE), how, windows(DENSE))
+    assert new.config == plan_for(DENSE, how)[0] and drift.max_logit_diff > 1e-3
+    assert drift.structure_error < 1e-12 and abs(drift.loss_drift) < how.limits.loss == 10
+    with pytest.raises(GrowthError, match="a logit moved"):
+        grow(state(DENSE), replace(how, max_logit_drift=1e-3), windows(DENSE))
+
+
+def test_routing_that_changed_with_the_function_is_no_fault_and_excuses_no_logit():
+    _, drift = grow(state(MOE), Deepen(2, "middle", "copy"), windows(MOE))
+    assert drift.flipped > 1 and drift.max_logit_diff > 1e-3
+
+
 @pytest.mark.parametrize("noise, low, high", [(0.0, 0.0, 0.0), (0.1, 0.1, 0.2), (1.0, 1.0, 1.5)])
 def test_the_twin_distance_is_about_the_noise_times_root_two(noise, low, high):
     _, drift = grow(state(LEARNED), Widen(2, noise), windows(LEARNED))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from small import tensors
 from torch.testing import assert_close
 
-from config import ModelConfig, TrainingConfig
+from config import ModelConfig, TrainingConfig, Upcycle, Widen
 from models import SLM, fused, next_token_loss
 from models.moe import MoE
 from train import training_step
-from transfer import State
+from transfer import State, rates
 from utils.capture import Captured
 from utils.device import autocast
 from utils.optimizer import Plain, home, wake
@@ -155,8 +155,10 @@ def test_waking_and_resting_leave_every_weight_and_moment_as_it_was(config):
 
 
 @EACH
-def test_a_step_is_that_of_torchs_adamw_on_float32_masters(config):
+@pytest.mark.parametrize("growth", [(), (Upcycle(5), Widen(3))], ids=["", "at rates of their own"])
+def test_a_step_is_that_of_torchs_adamw_on_float32_masters(config, growth):
     """Three steps with the same gradients; blocks of another age, and gradients to be clipped."""
+    settings = replace(SETTINGS, lr_scaling="width", weight_decay=0.5, eps=1e-3)
     state, twin = at_rest(config), at_rest(config)
     young = {name for name in state.weights if "blocks.1" in name}
     for each in (state, twin):
@@ -166,7 +168,8 @@ def test_a_step_is_that_of_torchs_adamw_on_float32_masters(config):
             if name not in young
         }
     twin = twin.to(CUDA)
-    masters, plain = wake(state, SETTINGS, BF16), Plain(twin, SETTINGS)
+    masters = wake(state, settings, BF16, growth)
+    plain = Plain(twin, settings, rates(twin.weights, growth))
     parts = masters.parts
     for step in range(3):
         torch.manual_seed(step)

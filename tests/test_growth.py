@@ -1,6 +1,7 @@
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ import torch.nn.functional as F
 from small import (
     CONFIGS,
     DENSE,
+    LEARNED,
     LEARNED_MOE,
     MOE,
     at_rest,
     gradients,
     identical,
     logits,
-    next_token_loss,
     retrained,
     tensors,
     trained_like,
@@ -22,13 +23,13 @@ from small import (
     with_moments,
 )
 
-from config import Deepen, InputError, Upcycle, Widen
+from config import Deepen, InputError, Upcycle, Where, Widen
 from transfer import State, carry_out, deepen, plan_for, upcycle, widen
-from transfer.growth import block_origins
+from transfer.growth import block_origins, copied_blocks
 from transfer.plan import Tile, tile
 
 WIDENINGS = [Widen(times, noise) for times in (2, 3) for noise in (0.0, 0.1, 1.0)]
-DEEPENINGS = [Deepen(extra, where) for extra in (1, 3) for where in ("interleaved", "end")]
+DEEPENINGS = [Deepen(extra, where) for extra in (1, 3) for where in get_args(Where)]
 CHAIN = [Widen(2), Deepen(2), Widen(2, 0.0), Deepen(1, "end")]
 UPCYCLING = [Widen(3), Upcycle(4), Deepen(2)]
 UPCYCLED = [Upcycle(4), Widen(2), Deepen(3), Widen(2, 0.5)]
@@ -110,33 +111,6 @@ def test_without_noise_moments_become_what_the_bigger_model_would_have_seen(conf
             torch.testing.assert_close(value, seen[name][what], rtol=1e-9, atol=1e-14)
 
 
-def trained(state, plan, lr=0.01, eps=1e-3):
-    """Adam, at the learning rates and eps under which copies walk where their original does."""
-    model = deepcopy(state).model().requires_grad_()
-    weights = dict(model.named_parameters())
-    adam = torch.optim.Adam(
-        {"params": [w], "lr": lr * plan[name].scale, "eps": eps * plan[name].share}
-        for name, w in weights.items()
-    )
-    for name, moments in deepcopy(state.adam).items():
-        adam.state[weights[name]] = moments
-    for seed in range(4):
-        adam.zero_grad()
-        next_token_loss(model, windows(state.config, seed=seed)).backward()
-        adam.step()
-    return State.of(model)
-
-
-@every_config
-def test_widening_then_training_is_training_then_widening(config):
-    old = at_rest(config)
-    plan, new = grown(old, Widen(2, noise=0.0))
-    alone = {name: row._replace(copies=(1,) * len(row.copies)) for name, row in plan.items()}
-    small, wide = trained(old, alone), trained(new, plan)
-    assert (logits(small) - logits(old)).abs().max() > 0.01
-    assert_function_is_kept(small, wide)
-
-
 @one_of_each
 def test_the_old_model_is_left_as_it_was_and_shares_no_memory(config, how):
     old = at_rest(config)
@@ -197,10 +171,12 @@ def test_new_blocks_hand_the_residual_stream_on_bit_for_bit(config, how):
     assert torch.equal(logits(grown(old, how)[1]), logits(old))
 
 
-def test_interleaving_puts_a_new_block_after_each_even_run_of_old_ones():
+def test_new_blocks_lie_after_even_runs_of_old_ones_or_in_the_middle_or_at_the_end():
     places = {
         (12, Deepen(3)): "0 1 2 3 - 4 5 6 7 - 8 9 10 11 -",
         (12, Deepen(3, "end")): "0 1 2 3 4 5 6 7 8 9 10 11 - - -",
+        (12, Deepen(3, "middle")): "0 1 2 3 4 5 - - - 6 7 8 9 10 11",
+        (1, Deepen(2, "middle")): "0 - -",
         (5, Deepen(2)): "0 1 2 - 3 4 -",
         (2, Deepen(4)): "0 - - 1 - -",
         (2, Deepen(0)): "0 1",
@@ -208,6 +184,56 @@ def test_interleaving_puts_a_new_block_after_each_even_run_of_old_ones():
     for (layers, how), want in places.items():
         got = ["-" if old is None else str(old) for old in block_origins(layers, how)]
         assert " ".join(got) == want
+
+
+def test_a_run_of_copied_blocks_repeats_the_old_ones_before_it_in_order():
+    places = {
+        (4, Deepen(4, "end")): "0 1 2 3 0 1 2 3",
+        (4, Deepen(2, "middle")): "0 1 0 1 2 3",
+        (4, Deepen(2)): "0 1 1 2 3 3",
+        (2, Deepen(5, "end")): "0 1 0 1 0 1 0",
+        (2, Deepen(4)): "0 0 0 1 1 1",
+    }
+    for (layers, how), want in places.items():
+        assert " ".join(map(str, copied_blocks(block_origins(layers, how)))) == want
+
+
+@every_config
+@pytest.mark.parametrize("consume", [False, True])
+def test_a_copied_block_is_its_original_and_adam_is_new_to_it(config, consume):
+    old = at_rest(config)
+    before = deepcopy(old)
+    plan, new = grown(old, Deepen(2, "end", "copy"), consume=consume)
+    for name, row in plan.items():
+        assert torch.equal(new.weights[name], before.weights[row.source])
+        assert (name in new.adam) == ("blocks.2" not in name and "blocks.3" not in name)
+    assert (logits(new) - logits(before)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [DENSE, LEARNED])
+def test_redrawing_takes_its_share_of_each_expert_and_leaves_the_rest(config):
+    old = at_rest(replace(config, d_ff=64))
+    _, new = grown(old, Upcycle(4, redrawn=0.5))
+    for layer in range(2):
+        kept = []
+        for kind in ("gate_proj", "up_proj", "down_proj"):
+            dense = old.weights[f"blocks.{layer}.mlp.{kind}.weight"]
+            experts = new.weights[f"blocks.{layer}.moe.{kind}"]
+            same = experts == dense
+            kept.append(same.transpose(1, 2).all(-1) if kind == "down_proj" else same.all(-1))
+            assert (~same).float().mean() == 0.5
+            was, now = dense.expand_as(experts)[~same], experts[~same]
+            assert now.mean().item() == pytest.approx(was.mean().item(), abs=0.02)
+            assert now.std().item() == pytest.approx(was.std().item(), rel=0.1)
+        assert all(torch.equal(kept[0], each) for each in kept), "the same in each projection"
+        assert (kept[0].sum(-1) == 32).all() and len(kept[0].unique(dim=0)) == 4
+    assert new.adam.keys() == grown(old, Upcycle(4))[1].adam.keys()
+
+
+def test_the_routers_scale_multiplies_what_it_would_have_been():
+    old, name = State.of(trained_like(DENSE)), "blocks.0.moe.router.weight"
+    one, three = (grown(old, Upcycle(4, router_scale=s))[1].weights[name] for s in (1.0, 3.0))
+    torch.testing.assert_close(three, 3 * one)
 
 
 @every_config

@@ -20,6 +20,7 @@ from utils.cli import run_command
 from utils.errors import RunStopped
 from utils.history import read, select
 from utils.lab import PROMPTS
+from utils.optimizer import wake
 
 SCRIPT = Path(__file__).parent.parent / "transfer" / "verify_growth_mechanics.py"
 MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
@@ -104,11 +105,64 @@ def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
     events = read(finished / HISTORY)
     for event, how in zip(select(events, "grow"), GROWTH, strict=True):
         assert event["how"] == type(how).__name__
-        assert event["max_logit_diff"] <= how.max_logit_drift
-        assert abs(event["loss_drift"]) <= how.max_loss_drift
+        assert event["max_logit_diff"] <= how.limits.logit
+        assert abs(event["loss_drift"]) <= how.limits.loss
     for before, after in pairwise(select(events, "eval")):
         if after["step"] == 0:
             assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
+
+
+def test_the_loss_in_float32_goes_on_from_where_growing_found_it(finished):
+    events = read(finished / HISTORY)
+    before = {event["phase"]: event["valid_loss_fp32"] for event in select(events, "grow")}
+    settling = [e for e in select(events, "eval") if "valid_loss_fp32" in e]
+    assert [(e["phase"], e["step"]) for e in settling] == [(2, 0), (3, 0), (4, 0)]
+    for event in settling:
+        assert event["valid_loss_fp32"] == pytest.approx(before[event["phase"]], abs=1e-5)
+
+
+def test_evaluations_say_whether_the_new_capacity_is_used(finished):
+    evals = select(read(finished / HISTORY), "eval")
+    assert all(("twin_distance" in e) == (e["phase"] > 2) for e in evals)
+    routed = [e for e in evals if e["phase"] > 1]
+    for event in routed:
+        assert 0 <= event["dropped_experts"] <= 1 and event["top_k_margin"] >= 0
+        assert 0 < event["router_entropy"] < 1.3863
+    divergence = [e["expert_divergence"] for e in routed]
+    assert divergence[0] < 1e-6 < divergence[1] and len(divergence) == len(routed)
+
+
+def test_a_phase_that_grew_is_evaluated_soon_after_whatever_the_rest(own):
+    long = replace(BRIEF, eval_every=100)
+    events, _ = own(long, dense=Phase(steps=1), wide=Phase(Widen(2), steps=12))
+    steps = [(e["phase"], e["step"]) for e in select(events, "eval")]
+    assert steps == [(1, 0), (1, 1), (2, 0), (2, 10), (2, 12)]
+    marked = [e["step"] for e in select(events, "eval") if "valid_loss_fp32" in e]
+    assert marked == [0, 10]
+
+
+def test_an_expert_that_starves_says_so(own, capsys):
+    own(BRIEF, dense=Phase(steps=0), moe=Phase(Upcycle(24, 1), steps=0))
+    assert (
+        "STARVING, under a tenth of a fair share of the tokens: expert" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("at_growth", ["carry", "reset", "reset-warmup"])
+def test_adam_remembers_or_forgets_at_a_growth_as_it_is_told(own, monkeypatch, at_growth):
+    woken = []
+
+    def spy(state, *rest):
+        woken.append(len(state.adam))
+        return wake(state, *rest)
+
+    monkeypatch.setattr("train.wake", spy)
+    settings = replace(BRIEF, at_growth=at_growth, warmup=0.5, log_every=1)
+    phases = {"dense": Phase(steps=2), "wide": Phase(Widen(2), steps=4), "more": Phase(steps=1)}
+    events, _ = own(settings, **phases)
+    assert [bool(kept) for kept in woken] == [False, at_growth == "carry", True]
+    first = next(e["lr"] for e in select(events, "step") if e["phase"] == 2)
+    assert first == pytest.approx(3e-4 if at_growth == "reset" else 1.5e-4)
 
 
 def test_every_phase_ends_with_a_story_for_each_prompt(finished):

@@ -65,6 +65,12 @@ class Tile(NamedTuple):
     """The last dimension is an input."""
     noise: float = 0.0
     """Relative to the weight's standard deviation; it cancels over the copied inputs."""
+    forked: bool = False
+    """The old parameter goes on elsewhere too. The function is then another, so that this copy's
+    gradient is no share of the old one: Adam remembers nothing of it."""
+    redrawn: float = 0.0
+    """Share of the units that is drawn anew in each expert, along the dimension `units`."""
+    units: int = 0
 
     @property
     def scale(self) -> float:
@@ -88,6 +94,19 @@ class Tile(NamedTuple):
             std = old.std() * self.scale * (inputs / (inputs - 1)) ** 0.5
             new += noise.flatten(-2).mul_(self.noise * std)
         return new
+
+    def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
+        """Draws that share anew, normal with the mean and the standard deviation of what was there
+        (Drop-Upcycling, 2502.19261). `lots` picks the units of each expert; one that was seeded
+        alike picks the same in every projection. Moments stay: they have the right size."""
+        size = new.shape[self.units]
+        for expert in new:
+            units = torch.randperm(size, generator=lots, device=new.device)
+            units = units[: round(self.redrawn * size)]
+            old = expert.index_select(self.units - 1, units)
+            drawn = torch.empty_like(old).normal_(generator=generator)
+            drawn.mul_(old.std()).add_(old.mean())
+            expert.index_copy_(self.units - 1, units, drawn)
 
     def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adam's memory of the new parameter, from its memory of the old one."""
@@ -119,13 +138,15 @@ class Fresh(NamedTuple):
 
     zero: bool = False
     """All zeros instead of the model's own initialisation."""
+    scale: float = 1.0
+    """Of that initialisation."""
 
     def weight(self, name: str, like: Tensor, n_layers: int, generator: torch.Generator) -> Tensor:
         """The new parameter, with `like`'s shape, device and dtype, in a model of `n_layers`."""
         new = torch.zeros_like(like)
         if not self.zero:
             initialise(name, new, n_layers, generator)
-        return new
+        return new.mul_(self.scale)
 
 
 Row = Tile | Fresh
@@ -134,13 +155,26 @@ Inspect = Callable[[str, Row, Tensor | None, Tensor], None]
 """Sees each parameter as it is made: name, row, the old parameter (None if fresh), the new one."""
 
 
-def tile(name: str, source: str | None = None, noise: float = 0.0, **times: int) -> Tile:
+def tile(
+    name: str,
+    source: str | None = None,
+    noise: float = 0.0,
+    forked: bool = False,
+    redrawn: float = 0.0,
+    **times: int,
+) -> Tile:
     """Repeats the named axes of a parameter; `source` is its old name, where that differs. Raises
     KeyError for a parameter that AXES does not know."""
     outputs, summed = axes(name)
     dims = (*outputs, summed) if summed else outputs
     copies = tuple(times.get(axis, 1) for axis in dims)
-    return Tile(source or name, copies, summed is not None, noise)
+    units = dims.index("ffn") if redrawn else 0
+    return Tile(source or name, copies, summed is not None, noise, forked, redrawn, units)
+
+
+def seeded(device: torch.device, *what: object) -> torch.Generator:
+    """A generator of its own for each thing that is drawn: it depends on no other draw."""
+    return torch.Generator(device).manual_seed(crc32(" ".join(map(str, what)).encode()))
 
 
 @cache
@@ -168,14 +202,15 @@ def carry_out(
     uses = Counter(row.source for row in plan.values() if isinstance(row, Tile))
     for name, shape in shapes(config).items():
         row, before = plan[name], None
-        # One generator a parameter: the draw depends on its name, not on what was drawn before.
-        generator = torch.Generator(like.device).manual_seed(crc32(f"{seed} {name}".encode()))
+        generator = seeded(like.device, seed, name)
         if isinstance(row, Fresh):
             weight = row.weight(name, like.new_empty(shape), config.n_layers, generator)
         else:
             before = old.weights[row.source]
             weight = row.weight(before, generator)
-            if row.source in old.adam:
+            if row.redrawn:
+                row.redraw(weight, generator, seeded(like.device, seed, name.rpartition(".")[0]))
+            if row.source in old.adam and not row.forked:
                 new.adam[name] = row.moments(old.adam[row.source])
             uses[row.source] -= 1
             if consume and not uses[row.source]:

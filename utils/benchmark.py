@@ -150,7 +150,7 @@ def training(stage: Stage, run: Run, device: torch.device, dtype: torch.dtype) -
     torch.manual_seed(run.seed)
     with torch.device(device):
         state = State.of(SLM(stage.config))
-    optimizer = wake(state, run.training, dtype)
+    optimizer = wake(state, run.training, dtype, stage.growth)
     optimizer.set_lr(lr_at(0, stage.phase, run.training))
     step = stepper(optimizer, run.training, dtype, sys.maxsize)
     vocab_size = stage.config.vocab_size

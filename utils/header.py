@@ -106,13 +106,13 @@ def summary(events: list[dict]) -> str:
         ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
     ]
     grown: Rows = [
-        ("transition", "loss before", "loss after", "drift", "logits", "flipped", "twins")
+        ("transition", "loss before", "loss after", "drift", "logits", "flipped", "twins", "then")
     ]
     for event in events:
         if event["event"] == "checkpoint" and event["trained"]:
             phases.append(phase_row(event))
         elif event["event"] == "grow":
-            grown.append(transition_row(event))
+            grown.append((*transition_row(event), then(event, events)))
     return "\n".join(table(phases) + (["", *table(grown)] if len(grown) > 1 else []))
 
 
@@ -126,6 +126,17 @@ def phase_row(event: dict) -> tuple[str, ...]:
         f"{event['valid_loss']:.3f}",
         f"{event['phase_s']:.0f}",
         f"{memory:.1f} GB" if memory is not None else "-",
+    )
+
+
+def then(grow: dict, events: list[dict]) -> str:
+    """How far the held-out loss, in float32, was above what it had been, after so many steps."""
+    before = grow.get("valid_loss_fp32")
+    later = [e for e in events if e["event"] == "eval" and e["phase"] == grow["phase"]]
+    return ", ".join(
+        f"{e['valid_loss_fp32'] - before:+.3f} at {e['step']}"
+        for e in later
+        if before is not None and "valid_loss_fp32" in e
     )
 
 

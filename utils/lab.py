@@ -91,13 +91,12 @@ def samples(state: State, lab: Lab) -> list[str]:
 
 
 def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -> None:
-    grown_by = [earlier.phase.grow for earlier in lab.stages[: stage.number]]
     checkpoint = Checkpoint(
         config=state.config,
         weights=state.weights,
         tokenizer=lab.corpus.tokenizer.to_str(),
         eos=lab.corpus.eos,
-        growth=tuple(how for how in grown_by if how is not None),
+        growth=stage.growth,
         probe=lab.probe,
         phase_name=stage.name,
         tokens=stage.first_token + stage.tokens * trained,

@@ -9,8 +9,8 @@ from flashoptim.optimizers import _MaybeQuantizedTensor
 from torch import Tensor
 
 from config import TrainingConfig
-from transfer import State
-from utils.masters import EPS, working_copy
+from transfer import Rate, Rates, State
+from utils.masters import working_copy
 
 SCALE = 1024.0
 """Of gradients and eps, which AdamW does not notice; the library keeps its scales in float16, where
@@ -26,7 +26,7 @@ class Lean:
     """An optimizer made of a State, whose weights are gone after that. With micro-batches the
     gradients add up in bf16."""
 
-    def __init__(self, state: State, settings: TrainingConfig):
+    def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
         self.config, self.grad_clip, self.names = state.config, settings.grad_clip, [*state.weights]
         self.model, copies = working_copy(state)
         self.leaves = list(self.model.parameters())
@@ -34,11 +34,11 @@ class Lean:
             {name: part for name, (leaf, part) in copies.items() if leaf is of}
             for of in self.leaves
         ]
+        # What lies side by side in a leaf has the same axes, and so the same rates.
+        paces = [rates[next(iter(parts))] for parts in self.parts]
         self.adamw = FlashAdamW(
-            [group for group in groups(self.leaves) if group["params"]],
+            groups(self.leaves, paces, settings),
             betas=(settings.beta1, settings.beta2),
-            eps=SCALE * EPS,
-            weight_decay=settings.weight_decay,
             master_weight_bits=24,
         )
         for leaf, parts in zip(self.leaves, self.parts, strict=True):
@@ -62,7 +62,7 @@ class Lean:
 
     def set_lr(self, lr: float) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["pace"]
 
     def step(self) -> Tensor:
         """As utils.optimizer.Optimizer says. The host waits for the norm: the library has no other
@@ -77,6 +77,9 @@ class Lean:
             self.adamw.step()
         self.model.zero_grad()
         return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: part for parts in self.parts for name, part in parts.items()}
 
     def rest(self) -> State:
         """On the CPU, so that it needs no room on the GPU."""
@@ -98,17 +101,21 @@ class Lean:
         return State(self.config, {name: weights[name] for name in self.names}, remembered)
 
 
-def groups(leaves: list[Tensor]) -> list[dict]:
+def groups(leaves: list[Tensor], paces: list[Rate], settings: TrainingConfig) -> list[dict]:
     """What is in float32 stays in float32: a gain near 1 has updates below what 24 bits keep."""
-    exact = [leaf for leaf in leaves if leaf.dtype == torch.float32]
+    found: dict[tuple[Rate, bool, bool], list[Tensor]] = {}
+    for leaf, rate in zip(leaves, paces, strict=True):
+        key = rate, leaf.dtype == torch.bfloat16, leaf.dim() > 1
+        found.setdefault(key, []).append(leaf)
     return [
-        {"params": [leaf for leaf in leaves if leaf.dtype == torch.bfloat16]},
-        {"params": [leaf for leaf in exact if leaf.dim() > 1], "quantize": False},
         {
-            "params": [leaf for leaf in exact if leaf.dim() == 1],
-            "quantize": False,
-            "weight_decay": 0.0,
-        },
+            "params": params,
+            "pace": rate.lr,
+            "eps": SCALE * settings.eps * rate.eps,
+            "weight_decay": settings.weight_decay * rate.decay * decays,
+            **({} if lowered else {"quantize": False}),
+        }
+        for (rate, lowered, decays), params in found.items()
     ]
 
 

@@ -6,13 +6,12 @@ from torch import Tensor, nn
 
 from config import TrainingConfig
 from models import SLM, axes
-from models.fused.adamw import Part, Table
+from models.fused.adamw import Own, Part, Table
 from models.fused.cross_entropy import pad_rows
-from transfer import State
+from transfer import Rates, State
 
 EXACT = ("norm.weight", "router.weight", "position.weight")
 """Parameters that are computed with in float32 and so need no copy."""
-EPS = 1e-8
 
 
 class Masters:
@@ -21,8 +20,8 @@ class Masters:
     With micro-batches these add up in bf16.
     """
 
-    def __init__(self, state: State, settings: TrainingConfig):
-        self.settings, self.config, self.weights = settings, state.config, state.weights
+    def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
+        self.settings, self.config, self.masters = settings, state.config, state.weights
         device = next(iter(state.weights.values())).device
         self.adam = {
             name: state.adam.get(name) or unmoved(master) for name, master in state.weights.items()
@@ -38,8 +37,16 @@ class Masters:
             for dtype in (torch.bfloat16, torch.float32)
         ]
         self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
-        decays = [settings.weight_decay * (part.master.dim() > 1) for part in parts]
-        self.decays = torch.tensor(decays, device=device)
+        paces = [rates[name] for name in self.parts]
+        decays = [
+            settings.weight_decay * rate.decay * (part.master.dim() > 1)
+            for rate, part in zip(paces, parts, strict=True)
+        ]
+        self.own = Own(
+            pace=torch.tensor([rate.lr for rate in paces], device=device),
+            decay=torch.tensor(decays, device=device),
+            eps=torch.tensor([settings.eps * rate.eps for rate in paces], device=device),
+        )
         self.lr = torch.zeros((), device=device)
 
     def set_lr(self, lr: float) -> None:
@@ -58,7 +65,7 @@ class Masters:
         self.steps += finite
         betas = self.settings.beta1, self.settings.beta2
         for table in self.tables:
-            table.step(self.steps, self.decays, self.lr, clip, betas, EPS)
+            table.step(self.steps, self.own, self.lr, clip, betas)
         self.model.zero_grad()
         return norm
 
@@ -67,11 +74,14 @@ class Masters:
         for table, grads in zip(self.tables, self.grads, strict=True):
             table.locate(grads)
 
+    def weights(self) -> dict[str, Tensor]:
+        return self.masters
+
     def rest(self) -> State:
         """The masters and their moments; they change as the training goes on."""
         for step, moments in zip(self.steps, self.adam.values(), strict=True):
             moments["step"] = step.clone()
-        return State(self.config, self.weights, self.adam)
+        return State(self.config, self.masters, self.adam)
 
 
 def unmoved(master: Tensor) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 """Between a State at rest and a model with its optimizer at work."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config import TrainingConfig, require
+from config import Growth, TrainingConfig, require
 from models import SLM, fused
-from transfer import State
+from transfer import Rate, Rates, State, rates
 
 
 class Optimizer(Protocol):
@@ -19,6 +20,10 @@ class Optimizer(Protocol):
 
     def set_lr(self, lr: float) -> None: ...
     def step(self) -> Tensor: ...
+    def weights(self) -> dict[str, Tensor]:
+        """By name, as they are at work, without a copy: lean, in bf16."""
+        ...
+
     def rest(self) -> State: ...
 
 
@@ -40,32 +45,44 @@ def home(state: State, settings: TrainingConfig, device: torch.device) -> State:
     return state.to(device, adam=torch.device("cpu") if settings.lean else device)
 
 
-def wake(state: State, settings: TrainingConfig, dtype: torch.dtype) -> Optimizer:
-    """An optimizer around the tensors of `state`, or in their place, with the memory it had."""
+def wake(
+    state: State, settings: TrainingConfig, dtype: torch.dtype, growth: Sequence[Growth] = ()
+) -> Optimizer:
+    """An optimizer around the tensors of `state`, or in their place, with the memory it had.
+    `growth` is what the model has been through."""
     device = next(iter(state.weights.values())).device
+    paces = rates(state.weights, growth if settings.lr_scaling == "width" else ())
     if settings.lean:
         from utils.lean import Lean
 
-        return Lean(state, settings)
+        return Lean(state, settings, paces)
     if fused.available(device, dtype):
         from utils.masters import Masters
 
-        return Masters(state, settings)
-    return Plain(state, settings)
+        return Masters(state, settings, paces)
+    return Plain(state, settings, paces)
 
 
 class Plain:
     """Torch's own AdamW, on weights that are also what the model computes with."""
 
-    def __init__(self, state: State, settings: TrainingConfig):
+    def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
         self.model, self.grad_clip = state.model(), settings.grad_clip
         named = dict(self.model.named_parameters())
-        gains = [p for p in named.values() if p.dim() == 1]
-        others = [p for p in named.values() if p.dim() > 1]
+        groups: dict[tuple[Rate, bool], list[Tensor]] = {}
+        for name, p in named.items():
+            groups.setdefault((rates[name], p.dim() > 1), []).append(p)
         self.adamw = torch.optim.AdamW(
-            [{"params": others}, {"params": gains, "weight_decay": 0.0}],
+            [
+                {
+                    "params": params,
+                    "pace": rate.lr,
+                    "eps": settings.eps * rate.eps,
+                    "weight_decay": settings.weight_decay * rate.decay * decays,
+                }
+                for (rate, decays), params in groups.items()
+            ],
             betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
             fused=True,
         )
         for name, moments in state.adam.items():
@@ -73,7 +90,7 @@ class Plain:
 
     def set_lr(self, lr: float) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["pace"]
 
     def step(self) -> Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -84,6 +101,9 @@ class Plain:
             self.adamw.step()
         self.adamw.zero_grad()
         return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        return State.of(self.model).weights
 
     def rest(self) -> State:
         state = State.of(self.model)

@@ -39,7 +39,7 @@ class Origin:
         return cls(replace(run, model=model, data=data), found, found.fingerprint())
 
     def state(self, config: ModelConfig) -> State:
-        """The model before its first step, in float32; `config` is the run's, its vocabulary known."""
+        """The model before its first step, in float32; `config` is the run's, vocabulary known."""
         if self.pretrained is None:
             torch.manual_seed(self.run.seed)
             return State.of(SLM(config))

@@ -5,15 +5,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import SLM, next_token_loss
+from transfer import State
+from transfer.drift import exact_matmul
+from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
 from utils.header import progress
 from utils.history import read, select
 from utils.lab import Lab
 from utils.meter import Forecast, Meter, check_finite
+from utils.optimizer import Optimizer
 from utils.resume import Place
 from utils.schedule import Stage, lr_at
 
 EVAL_SEQUENCES = 8
+SETTLING = (0, 10, 50, 200)
+"""Steps after a growth at which the loss is also taken in float32."""
 
 
 class Reporter:
@@ -26,6 +32,7 @@ class Reporter:
             Forecast(lab.stages, lab.device) if (stage.number, self.step) == (1, 0) else None
         )
         self.at_growth = loss_at_growth(stage, lab) if self.step else None
+        self.twins = twin_rows(lab.run.model, stage.growth)
         self.last: dict[str, float] = {}
         self.bar = tqdm(
             total=stage.phase.steps, initial=self.step, desc=str(stage), unit="step", disable=None
@@ -49,7 +56,7 @@ class Reporter:
         }
         return place._replace(**now)
 
-    def report(self, model: SLM) -> None:
+    def report(self, optimizer: Optimizer) -> None:
         """Logs and evaluates what is due after this step."""
         self.bar.update(self.step - self.bar.n)
         settings, at_end = self.lab.run.training, self.step == self.stage.phase.steps
@@ -57,9 +64,9 @@ class Reporter:
             tqdm.write(line)
         if self.meter.steps and (self.step % settings.log_every == 0 or at_end):
             self.log()
-        if self.step % settings.eval_every == 0 or at_end:
+        if self.step % settings.eval_every == 0 or at_end or self.settles:
             with self.meter.paused():
-                self.evaluate(model)
+                self.evaluate(optimizer)
                 self.lab.sketch.update()
 
     def log(self) -> None:
@@ -69,15 +76,26 @@ class Reporter:
         self.last |= measured
         self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
 
-    def evaluate(self, model: SLM) -> None:
-        loss, load = evaluate(model, self.lab)
+    @property
+    def settles(self) -> bool:
+        return self.stage.phase.grow is not None and self.step in SETTLING
+
+    def evaluate(self, optimizer: Optimizer) -> None:
+        loss, found = evaluate(optimizer.model, self.lab, self.lab.dtype)
         check_finite({"valid_loss": loss}, self.where)
         self.last["valid_loss"] = loss
         if self.stage.phase.grow is not None:
             self.at_growth = loss if self.at_growth is None else self.at_growth
-            load["above_growth"] = loss - self.at_growth
-        self.note("eval", valid_loss=loss, **load)
-        tqdm.write(progress(self.stage, self.step, self.last, load.get("above_growth")))
+            found["above_growth"] = loss - self.at_growth
+        if self.settles and not self.lab.run.training.lean:
+            found["valid_loss_fp32"] = loss_fp32(
+                State(self.stage.config, optimizer.weights()), self.lab, loss
+            )
+        found |= weights_alive(self.twins, optimizer.weights())
+        self.note("eval", valid_loss=loss, **found)
+        tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
+        if hungry := starving(found.get("expert_load", [])):
+            tqdm.write(starvation(hungry))
 
     def note(self, event: str, **values: object) -> None:
         tokens = self.stage.tokens_at(self.step)
@@ -93,15 +111,38 @@ def loss_at_growth(stage: Stage, lab: Lab) -> float | None:
 
 
 @torch.no_grad()
-def evaluate(model: SLM, lab: Lab) -> tuple[float, dict]:
-    """Loss on the held-out windows, and the share of choices that each layer's experts got."""
+def evaluate(model: SLM, lab: Lab, dtype: torch.dtype) -> tuple[float, dict]:
+    """Loss on the held-out windows, products in `dtype`, and how the experts are used: the share of
+    choices that each layer's experts got, the share of experts that dropped out, and ROUTING."""
     loss = torch.zeros((), device=lab.device)
-    loads = []
+    loads, routings = [], []
     for rows in lab.valid.split(EVAL_SEQUENCES):
         share = len(rows) / len(lab.valid)
-        with autocast(lab.device, lab.dtype):
+        with autocast(lab.device, dtype):
             out = model(rows[:, :-1])
             loss += share * next_token_loss(out, rows)
         if out.routing:
             loads.append(share * torch.stack([layer.load_E for layer in out.routing]))
-    return loss.item(), {"expert_load": torch.stack(loads).sum(0).tolist()} if loads else {}
+            routings.append(share * routing_alive(out.routing))
+    if not loads:
+        return loss.item(), {}
+    load = torch.stack(loads).sum(0)
+    routing = torch.stack(routings).sum(0).tolist()
+    dropped = len(starving(load.tolist())) / load.numel()
+    found = {"expert_load": load.tolist(), "dropped_experts": dropped}
+    return loss.item(), found | dict(zip(ROUTING, routing, strict=True))
+
+
+def loss_fp32(state: State, lab: Lab, loss: float | None = None) -> float:
+    """Loss on the held-out windows with autocast off, judged by which growth makes no jump. `loss`
+    is what the training's own precision gives, where that is known."""
+    if loss is not None and lab.dtype == torch.float32:
+        return loss
+    with exact_matmul():
+        return evaluate(state.model(), lab, torch.float32)[0]
+
+
+def starvation(hungry: list[tuple[int, int]]) -> str:
+    named = ", ".join(f"{expert} of layer {layer}" for layer, expert in hungry[:4])
+    more = f" and {len(hungry) - 4} more" if len(hungry) > 4 else ""
+    return f"  STARVING, under a tenth of a fair share of the tokens: expert {named}{more}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from config import InputError, ModelConfig, Phase, Run, TrainingConfig, require
+from config import Growth, InputError, ModelConfig, Phase, Run, TrainingConfig, require
 from models import fused
 from transfer import plan_for
 from utils.device import total_memory_gb, training_dtype
@@ -30,6 +30,8 @@ class Stage:
     """Optimizer steps before this phase."""
     first_token: int
     """Training tokens before this phase."""
+    growth: tuple[Growth, ...] = ()
+    """Every operator that its model has been through, in order."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -65,15 +67,16 @@ def stages(run: Run) -> list[Stage]:
     """Raises InputError, naming the phase, where a growth or a batch does not fit its model."""
     # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
     config = replace(run.model, vocab_size=run.model.vocab_size or 1)
-    steps, tokens, found = 0, 0, []
+    steps, tokens, growth, found = 0, 0, (), []
     for number, (name, phase) in enumerate(run.schedule.items(), 1):
         try:
             if phase.grow is not None:
                 config, _ = plan_for(config, phase.grow)
+                growth = (*growth, phase.grow)
             check_micro_batch(phase, run.training.micro_batch_size)
         except InputError as error:
             raise InputError(f"phase {number} ({name}): {error}") from None
-        found.append(Stage(number, name, phase, config, steps, tokens))
+        found.append(Stage(number, name, phase, config, steps, tokens, growth))
         steps, tokens = steps + phase.steps, tokens + found[-1].tokens
     check_files(found)
     return found
@@ -169,8 +172,10 @@ def memory_gb(
 
 
 def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to the floor: every phase warms up anew."""
-    warm = round(settings.warmup * phase.steps)
+    """Linear warm-up, then a cosine down to the floor: every phase warms up anew, but one that grew
+    where growing only resets Adam."""
+    cold = phase.grow is not None and settings.at_growth == "reset"
+    warm = 0 if cold else round(settings.warmup * phase.steps)
     if step < warm:
         return phase.lr * (step + 1) / warm
     done = (step - warm) / max(1, phase.steps - warm)

@@ -37,8 +37,8 @@ def square_kernel(table_ptr, size_ptr, square_ptr, KIND: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def adamw_kernel(
-    table_ptr, size_ptr, owner_ptr, bias1_ptr, bias2_ptr, decay_ptr, lr_ptr, clip_ptr,
-    beta1, beta2, eps,
+    table_ptr, size_ptr, owner_ptr, bias1_ptr, bias2_ptr, pace_ptr, decay_ptr, eps_ptr,
+    lr_ptr, clip_ptr, beta1, beta2,
     KIND: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     clip = tl.load(clip_ptr)
@@ -46,7 +46,8 @@ def adamw_kernel(
         row = tl.program_id(0).to(tl.int64)
         size = tl.load(size_ptr + row)
         owner = tl.load(owner_ptr + row)
-        lr = tl.load(lr_ptr)
+        lr = tl.load(lr_ptr) * tl.load(pace_ptr + owner)
+        eps = tl.load(eps_ptr + owner)
         pace = lr / tl.load(bias1_ptr + owner)
         root = 1.0 / tl.sqrt(tl.load(bias2_ptr + owner))
         kept = 1.0 - lr * tl.load(decay_ptr + owner)
@@ -83,6 +84,15 @@ class Part(NamedTuple):
     may hold other parameters too."""
     copy: Tensor
     """The view of `leaf` that is this parameter's."""
+
+
+class Own(NamedTuple):
+    """Settings of each parameter, by its number, float32."""
+
+    pace: Tensor
+    """What the learning rate is multiplied by."""
+    decay: Tensor
+    eps: Tensor
 
 
 class Table:
@@ -136,16 +146,15 @@ class Table:
     def step(
         self,
         steps: Tensor,
-        decays: Tensor,
+        own: Own,
         lr: Tensor,
         clip: Tensor,
         betas: tuple[float, float],
-        eps: float,
     ) -> None:
-        """`steps` and `decays` by the number of the parameter; gradients are multiplied by `clip`,
-        and everything is left as it was where that is negative."""
+        """`steps` by the number of the parameter; gradients are multiplied by `clip`, and
+        everything is left as it was where that is negative."""
         biases = [(1 - beta ** steps.double()).float() for beta in betas]
         adamw_kernel[(len(self.size),)](
-            self.table, self.size, self.owner, *biases, decays, lr, clip, *betas, eps,
+            self.table, self.size, self.owner, *biases, *own, lr, clip, *betas,
             KIND=self.kind, COPY=self.kind == tl.bfloat16, BLOCK=1024, num_warps=8,
         )  # fmt: skip

@@ -273,12 +273,12 @@ def grouped(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
 class Experts(torch.autograd.Function):
     """x (N, D) bf16, router (E, D) float32, gate and up projections side by side (E, 2F, D), down
     (E, D, F) -> y (N, D), the balance loss, the z-loss, and without gradients the experts chosen
-    (N, C) and the load (E,)."""
+    (N, C), the load (E,) and the router's logits (N, E)."""
 
     @staticmethod
     def forward(
         ctx, x_ND: Tensor, router_ED: Tensor, gate_up: Tensor, down: Tensor, choices: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         to = route(x_ND, router_ED, choices)
         x_MD = gather(x_ND, to.token_M)
         gate_up_MF = grouped(x_MD, gate_up.mT, to.ends_E)
@@ -290,8 +290,9 @@ class Experts(torch.autograd.Function):
             to.logits_NE, to.chosen_NC, to.weight_NC, to.row_NC, to.token_M, to.weight_M,
             to.ends_E, to.load_E,
         )  # fmt: skip
-        ctx.mark_non_differentiable(to.chosen_NC, to.load_E)
-        return combine(y_MD, to.row_NC), to.balance, to.z, to.chosen_NC, to.load_E
+        told = to.chosen_NC, to.load_E, to.logits_NE
+        ctx.mark_non_differentiable(*told)
+        return combine(y_MD, to.row_NC), to.balance, to.z, *told
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor, grad_balance: Tensor, grad_z: Tensor, *_):
