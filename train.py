@@ -148,7 +148,8 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     )
     if error is not None:
         raise RunStopped(f"{stage}: {error}") from error
-    tqdm.write(f"{stage}: {type(how).__name__} kept the function: {drift}")
+    did = "kept" if how.exact else "changed"
+    tqdm.write(f"{stage}: {type(how).__name__} {did} the function: {drift}")
     if name := stage.phase.init_checkpoint:
         save_model(state, stage, lab, name, trained=False)
         lab.note(stage, "checkpoint", path=name, trained=False)

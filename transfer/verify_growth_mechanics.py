@@ -114,7 +114,7 @@ def prove(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[
     where a law breaks."""
     limit = LIMITS[dtype]
     state = trained_like(config, dtype)
-    tokens = torch.randint(config.vocab_size, (8, config.seq_len + 1))
+    tokens = torch.randint(config.vocab_size, (4, config.seq_len + 1))
     steps = []
     for how in chain:
         how = replace(how, max_logit_drift=limit, max_loss_drift=limit)
