@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 NATIVE_BF16 = ("avx512_bf16", "amx_bf16")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Of glibc's malloc.h."""
+LARGE = 1 << 20
 
 
 def has_bf16() -> bool:
@@ -20,12 +21,22 @@ def has_bf16() -> bool:
 def keep_freed_memory() -> None:
     """Freed buffers are used again and not given back: else the system maps and clears the pages of
     the largest ones anew in every step. Does nothing where malloc is not glibc's."""
+    set_malloc(M_MMAP_MAX, 0)
+    set_malloc(M_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Every large buffer goes back to the system as soon as it is freed: else those of a model that
+    becomes another lie about as holes into which the larger ones don't fit. Does nothing where
+    malloc is not glibc's."""
+    set_malloc(M_MMAP_THRESHOLD, LARGE)
+
+
+def set_malloc(option: int, value: int) -> None:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        ctypes.CDLL(None).mallopt(option, value)
     except (OSError, AttributeError, TypeError):  # Windows, macOS, a static or another libc
         return
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def peak_resident_gb() -> float | None:

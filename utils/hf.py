@@ -20,14 +20,15 @@ from utils import llama, pretrained, tokens
 from utils.agreement import PROBE, check, random_probe
 from utils.checkpoint import Checkpoint, load, save
 from utils.cli import run_command
-from utils.cpu import peak_resident_gb
+from utils.cpu import peak_resident_gb, return_freed_memory
 from utils.data import windows
 from utils.errors import RunStopped
 from utils.header import parameters
 from utils.pretrained import Pretrained, fetch, find, new_folder, save_json, save_weights
 
 DROPPED = (
-    "attention_bias", "dtype", "mlp_bias", "pretraining_tp", "rope_parameters", "torch_dtype",
+    "attention_bias", "dtype", "experts_implementation", "mlp_bias", "pretraining_tp",
+    "rope_parameters", "torch_dtype",
 )  # fmt: skip
 """Keys of a config.json that a grown model's says otherwise, or not at all."""
 
@@ -170,6 +171,7 @@ def grow(
         overwrite: Replace a model that is there.
     """
     began = time.perf_counter()
+    return_freed_memory()
     hows: list[Growth] = []
     if upcycle:
         hows.append(Upcycle(upcycle, top_k))

@@ -59,7 +59,7 @@ class Lab:
         self.history(event, phase=stage.number, phase_name=stage.name, **values)
 
 
-def record_start(lab: Lab, origin: str) -> None:
+def record_start(lab: Lab, origin: str = "") -> None:
     """The history's first line: all that it takes to run this again. `origin` is the fingerprint of
     the model that the run starts from, empty for none."""
     lab.history(

@@ -49,6 +49,8 @@ DEFAULTS = {
         "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 1e-3,
     },
 }  # fmt: skip
+GROUPED = 8
+"""A multiple that transformers' usual implementation of experts needs sizes to be, in bf16."""
 REPRESENTED = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -125,7 +127,10 @@ def to_json(config: ModelConfig, balance_coef: float) -> dict:
     }
     if moe:
         said |= {key: getattr(config, field) for key, field in EXPERTS.items()}
-        return said | {"router_aux_loss_coef": balance_coef, "sliding_window": None}
+        said |= {"router_aux_loss_coef": balance_coef, "sliding_window": None}
+        if config.d_model % GROUPED or config.d_ff % GROUPED:
+            said["experts_implementation"] = "eager"
+        return said
     return said | {"attention_bias": False, "mlp_bias": False}
 
 
