@@ -290,6 +290,18 @@ def test_a_second_moment_whose_share_is_not_squared_is_caught():
         assert_moments_are_shares(old, plan, new)
 
 
+def test_a_projection_that_is_tiled_packed_with_another_is_caught():
+    old = at_rest(DENSE)
+    plan, new = grown(old, Widen(2, noise=0.0))
+    names = [f"blocks.0.mlp.{kind}_proj.weight" for kind in ("gate", "up")]
+    packed = torch.cat([old.weights[name] for name in names]).tile(2, 2) / 2
+    new.weights |= dict(zip(names, packed.chunk(2), strict=True))
+    with caught:
+        assert_function_is_kept(old, new)
+    with caught:
+        assert_gradients_fold_back(old, plan, new)
+
+
 def test_noise_that_does_not_cancel_is_caught():
     old = at_rest(MOE)
     _, new = grown(old, Widen(2))
