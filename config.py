@@ -329,6 +329,7 @@ class Phase:
 
 Scaling = Literal["same", "width"]
 AtGrowth = Literal["carry", "reset", "reset-warmup"]
+Anneal = Literal["last", "each"]
 
 
 @dataclass(frozen=True)
@@ -375,10 +376,11 @@ class TrainingConfig:
     torch's own operations under autocast."""
     capture: Literal["auto", "on", "off"] = "auto"
     """Run the fused step as one CUDA graph. auto: in phases long enough for it to pay."""
-    lr_scaling: Scaling = "same"
-    """same: one learning rate for all. width: divided for each matrix by how often its input axis
-    has been copied, its decay multiplied by as much, Adam's eps scaled as the gradients were; a
-    model widened without noise then trains exactly as it would have before."""
+    lr_scaling: Scaling = "width"
+    """width: the learning rate of each matrix is divided by how often its input axis has been
+    copied, its decay multiplied by as much, Adam's eps scaled as the gradients were: a model
+    widened without noise then trains exactly as it would have before, and its loss does not jump.
+    same: one rate for all, which after widening by 2 changes the function twice as fast."""
     at_growth: AtGrowth = "carry"
     """Adam's memory in a phase that grew: carried over, and the learning rate warms up. reset: it
     forgets, and starts at the peak. reset-warmup: it forgets, and the learning rate warms up."""
@@ -395,7 +397,10 @@ class TrainingConfig:
     warmup: float = 0.05
     """Share of each phase's steps over which the learning rate rises to its peak."""
     lr_floor: float = 0.1
-    """What the cosine decay ends at, as a share of the peak."""
+    """What the cosine decay of the last phase ends at, as a share of the peak."""
+    anneal: Anneal = "last"
+    """What that of the phases before it ends at. last: at the next phase's peak, where that is
+    lower, so that the loss need not rise again when the rate does. each: as the last one."""
     balance_coef: float = 1e-2
     """Weight of the load-balancing loss (mean over layers)."""
     z_coef: float = 1e-3
@@ -438,7 +443,8 @@ class TrainingConfig:
         for name in ("grad_clip", "eps"):
             value = getattr(self, name)
             require(0 < value < inf, f"training.{name} = {value} must be positive and finite")
-        for name, values in (("lr_scaling", get_args(Scaling)), ("at_growth", get_args(AtGrowth))):
+        choices = {"lr_scaling": Scaling, "at_growth": AtGrowth, "anneal": Anneal}
+        for name, values in ((name, get_args(kind)) for name, kind in choices.items()):
             value = getattr(self, name)
             require(value in values, f"training.{name} = {value!r} must be one of {values}")
         require(

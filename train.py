@@ -177,7 +177,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
                 if place.step == phase.steps:
                     return optimizer.rest(), reporter.last
                 tokens = next(stream)
-                optimizer.set_lr(lr_at(place.step, phase, settings))
+                optimizer.set_lr(lr_at(place.step, stage, settings))
                 with held():  # a signal finds the step done or not begun
                     reporter.trained(step(tokens))
                     place = reporter.place(place)

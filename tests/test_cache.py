@@ -188,7 +188,7 @@ def test_wherever_it_is_stopped_nothing_half_is_left_and_the_next_start_is_good(
 def test_twelve_kills_leave_nothing_behind_for_the_next_start(tmp_path):
     (line,) = run(KILL, tmp_path)
     halves, fingerprint = json.loads(line)
-    assert halves > 3, "kills came in the middle"
+    assert halves, "a kill came in the middle"
     for folder in (tmp_path / "cache").iterdir():
         assert is_whole(folder)
     config = DataConfig("builtin", num_stories=199, cache=tmp_path / "again")

@@ -18,7 +18,7 @@ from config import (
     Widen,
 )
 
-CHOICES = {"lr_scaling": "width", "at_growth": "reset"}
+CHOICES = {"lr_scaling": "same", "at_growth": "reset", "anneal": "each"}
 
 
 def other(name, value):
@@ -127,6 +127,7 @@ def test_a_preset_is_a_complete_documented_run_that_json_can_hold(name):
         (Deepen, {"max_logit_drift": float("nan")}, "max_logit_drift = nan"),
         (TrainingConfig, {"lr_scaling": "depth"}, "training.lr_scaling = 'depth'"),
         (TrainingConfig, {"at_growth": "drop"}, "training.at_growth = 'drop'"),
+        (TrainingConfig, {"anneal": "never"}, "training.anneal = 'never'"),
         (TrainingConfig, {"eps": 0.0}, "training.eps = 0.0"),
         (Phase, {"steps": -1}, "steps = -1"),
         (Phase, {"batch_size": 0}, "batch_size = 0"),

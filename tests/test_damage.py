@@ -152,7 +152,7 @@ def test_a_schedule_that_does_not_fit_names_the_phase(phases, says, run, capsys)
     (lambda stage, run: check_memory([stage], run, torch.device("cpu")), "phase 1 (huge) needs"),
 ], ids=["disk", "memory"])  # fmt: skip
 def test_what_cannot_fit_is_known_before_it_begins(check, says, run):
-    stage = Stage(1, "huge", Phase(), replace(MODEL, d_model=1 << 20), 0, 0)
+    stage = Stage(1, "huge", Phase(), replace(MODEL, d_model=1 << 20), 0, 0, 0.0)
     with pytest.raises(InputError) as raised:
         check(stage, run)
     assert says in str(raised.value) and " GB" in str(raised.value)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from config import DataConfig, InputError, TrainingConfig, tiny
+from config import DataConfig, InputError, Phase, TrainingConfig, tiny
 from utils.arms import report
 from utils.experiment import EXPERIMENTS, Experiment, main, parse
 from utils.history import read, select
@@ -30,7 +30,7 @@ def test_every_arm_starts_from_the_same_model_and_is_trained_once(small, capsys)
     assert all(f"\n{arm}" in said for arm in EXPERIMENTS["upcycle"].growth)
     runs = {
         arm: [read(r.out / "training_history.jsonl") for r in rs]
-        for arm, rs in options.arms().items()
+        for arm, rs in options.runs().items()
     }
     grown = {arm: [select(events, "grow")[0] for events in each] for arm, each in runs.items()}
     before = {event["valid_loss_fp32"] for each in grown.values() for event in each}
@@ -39,8 +39,8 @@ def test_every_arm_starts_from_the_same_model_and_is_trained_once(small, capsys)
     assert len(ends) == 8, "arms and seeds differ"
     main(options)
     assert "step 2/2" not in capsys.readouterr().out, "what is finished is not run again"
-    main(replace(options, run=replace(small, training=replace(TRAINING, lr_phase2=1e-3))))
-    assert capsys.readouterr().out.count("moe) step 2/2") == 8, "unless its settings have changed"
+    main(replace(options, run=replace(small, training=replace(TRAINING, steps_phase2=3))))
+    assert capsys.readouterr().out.count("moe) step 3/3") == 8, "unless its settings have changed"
 
 
 def test_what_all_share_must_have_been_made_with_the_same_settings(small):
@@ -53,7 +53,7 @@ def test_what_all_share_must_have_been_made_with_the_same_settings(small):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_arms_differ_in_what_they_are_named_after_and_nowhere_else(name):
     run = replace(tiny(), training=TrainingConfig(lr_scaling="same", weight_decay=0.03))
-    arms = Experiment(name, seeds=3, run=run).arms()
+    arms = Experiment(name, seeds=3, run=run).runs()
     assert len(arms) > 1 and all(len(seeds) == 3 for seeds in arms.values())
     for seeds in arms.values():
         assert [each.seed for each in seeds] == [0, 1, 2]
@@ -61,6 +61,17 @@ def test_the_arms_differ_in_what_they_are_named_after_and_nowhere_else(name):
         assert len({each.out for each in seeds}) == 3
     first = [(each[0].training, each[0].phases) for each in arms.values()]
     assert all(one != other for one, other in pairwise(first))
+
+
+def test_the_run_as_it_stands_is_an_arm_of_several_experiments_and_trained_for_all(small):
+    folders = [
+        {runs[0].out for runs in Experiment(name, run=small).runs().values()}
+        for name in ("noise", "optimizer", "lr")
+    ]
+    assert folders[0] & folders[1] & folders[2] == {small.out / "wide-as-it-is-seed0"}
+    assert len(folders[0] | folders[1] | folders[2]) == 5 + 3 + 2 - 2
+    carry = Experiment("optimizer", arms=("reset",), run=small).runs()
+    assert list(carry) == ["reset"]
 
 
 def test_differences_within_the_seeds_spread_are_ties():
@@ -86,6 +97,7 @@ def test_differences_within_the_seeds_spread_are_ties():
         (["noize"], "there is no experiment noize"),
         (["noise", "huge"], "there is no preset huge"),
         (["noise", "tiny", "--seeds", "0"], "seeds = 0"),
+        (["noise", "tiny", "--arms", "loud"], "arms = loud is not in noise, only noise-0, "),
         (["noise", "tiny", "--phase", "wyde"], "phase = wyde is not in the schedule"),
         (["noise", "tiny", "--phase", "dense"], "phase = dense does not grow"),
         (["depth", "tiny", "--phase", "wide"], "grows by Widen, which has no init, where"),
@@ -97,7 +109,8 @@ def test_what_cannot_be_compared_is_refused_by_name(args, says):
     assert parse(["lr", "tiny"]).run == tiny()
 
 
-def test_the_trunk_ends_before_the_growth():
+def test_the_trunk_ends_before_the_growth_and_knows_what_rate_it_leads_to():
     trunk = Experiment("depth", run=tiny()).trunk()
-    assert list(trunk.phases) == ["dense", "moe", "wide"]
+    assert list(trunk.phases) == ["dense", "moe", "wide", "deep"]
+    assert trunk.phases["deep"] == Phase(steps=0, lr=tiny().training.lr_phase4)
     assert trunk.out == tiny().out / "before-deep"

@@ -116,14 +116,31 @@ def test_the_memory_expected_grows_with_the_sequences_at_a_time_and_with_their_p
     assert 16 * config.num_params / 1e9 < few < many < memory_gb(config, 8, torch.float32)
 
 
+def single(phase, settings):
+    return stages(replace(tiny(), phases={"a": phase}, training=settings))[0]
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 40, 41])
 def test_the_rate_rises_from_above_0_to_its_peak_and_falls_to_its_floor(warmup, steps):
-    phase, settings = Phase(steps=steps, lr=3.0), TrainingConfig(warmup=warmup, lr_floor=0.2)
-    rates = [lr_at(step, phase, settings) for step in range(steps)]
+    settings = TrainingConfig(warmup=warmup, lr_floor=0.2)
+    stage = single(Phase(steps=steps, lr=3.0), settings)
+    rates = [lr_at(step, stage, settings) for step in range(steps)]
     warm = round(warmup * steps)
     assert all(0.2 * 3.0 <= rate <= 3.0 for rate in rates[warm:]) and min(rates) > 0
     assert rates[:warm] == pytest.approx([3.0 * (step + 1) / warm for step in range(warm)])
     assert warm == steps or rates[warm] == 3.0
     assert all(after < before for before, after in pairwise(rates[warm:]))
-    assert warm == steps or lr_at(steps, phase, settings) == pytest.approx(0.6)
+    assert warm == steps or lr_at(steps, stage, settings) == pytest.approx(0.6)
+
+
+def test_the_rate_falls_to_the_next_phases_peak_and_lower_only_at_the_end():
+    def ends(**settings):
+        lrs = {"a": 4.0, "b": 1.0, "c": 2.0, "d": 0.1}
+        phases = {name: Phase(steps=9, lr=lr) for name, lr in lrs.items()}
+        training = TrainingConfig(lr_floor=0.2, **settings)
+        found = stages(replace(tiny(), phases=phases, training=training))
+        return pytest.approx([lr_at(9, stage, training) for stage in found])
+
+    assert ends() == [1.0, 1.0, 0.4, 0.02]
+    assert ends(anneal="each") == [0.8, 0.2, 0.4, 0.02]

@@ -82,17 +82,34 @@ class Tile(NamedTuple):
         """Of the old gradient, what that of each copy is."""
         return 1 / (math.prod(self.copies) * self.scale)
 
+    @property
+    def same(self) -> bool:
+        """Whether the new parameter is the old one, and so its moments."""
+        return math.prod(self.copies) == 1 and not self.redrawn and not self.forked
+
     def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
         """The new parameter; `generator` draws the noise. `old` is left as it was."""
-        new = old.tile(self.copies).mul_(self.scale)
+        new = self.spread(old, self.scale)
         inputs = self.copies[-1]
         if self.noise and self.summed and inputs > 1:
-            noise = torch.empty_like(new).normal_(generator=generator)
-            noise = noise.unflatten(-1, (inputs, -1))
-            noise -= noise.mean(-2, keepdim=True)
-            # The mean took 1 / inputs of the variance away.
-            std = old.std() * self.scale * (inputs / (inputs - 1)) ** 0.5
-            new += noise.flatten(-2).mul_(self.noise * std)
+            # Contrasts spread one draw less than there are copies, so that their sum is zero, over
+            # the variance of all but one.
+            std = old.std() * self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
+            copies = new.unflatten(-1, (inputs, -1)).unbind(-2)
+            for weights in contrasts(inputs):
+                drawn = torch.empty_like(copies[0]).normal_(generator=generator).mul_(std)
+                for copy, weight in zip(copies, weights, strict=False):
+                    copy.add_(drawn, alpha=weight)
+        return new
+
+    def spread(self, old: Tensor, factor: float) -> Tensor:
+        """`old.tile(copies) * factor` in one pass over the memory."""
+        shape = (*[1] * (len(self.copies) - old.dim()), *old.shape)  # the dense one of experts
+        pairs = list(zip(self.copies, shape, strict=True))
+        new = old.new_empty([copies * size for copies, size in pairs])
+        parts = new.view([n for pair in pairs for n in pair])
+        one = old.reshape([n for _, size in pairs for n in (1, size)])
+        torch.mul(one.expand_as(parts), factor, out=parts)
         return new
 
     def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
@@ -112,8 +129,8 @@ class Tile(NamedTuple):
         """Adam's memory of the new parameter, from its memory of the old one."""
         return {
             "step": old["step"].clone(),
-            "exp_avg": old["exp_avg"].tile(self.copies).mul_(self.share),
-            "exp_avg_sq": old["exp_avg_sq"].tile(self.copies).mul_(self.share**2),
+            "exp_avg": self.spread(old["exp_avg"], self.share),
+            "exp_avg_sq": self.spread(old["exp_avg_sq"], self.share**2),
         }
 
     def copies_of(self, new: Tensor) -> Tensor:
@@ -131,6 +148,16 @@ class Tile(NamedTuple):
         """(output copies, ...): each copy of the outputs as it is, with all of its inputs."""
         whole = (*self.copies[:-1], 1) if self.summed else self.copies
         return self._replace(copies=whole, summed=False).copies_of(new)
+
+
+def contrasts(copies: int) -> list[list[float]]:
+    """Helmert's: for each number above 1 up to `copies` the weights of so many terms, which sum to
+    zero, their squares to one, and their products with those of another number to zero."""
+    rows = []
+    for terms in range(1, copies):
+        length = (terms * (terms + 1)) ** 0.5
+        rows.append([1 / length] * terms + [-terms / length])
+    return rows
 
 
 class Fresh(NamedTuple):
@@ -194,7 +221,8 @@ def carry_out(
     inspect: Inspect | None = None,
 ) -> State:
     """The State of the bigger model `config`. `old` is left as it was, or with `consume` emptied
-    parameter by parameter, so that both models never lie in memory whole.
+    parameter by parameter, so that both models never lie in memory whole; what stays as it is then
+    is handed on, not copied.
 
     Raises KeyError for a parameter without a row and ValueError for one that comes out misshapen.
     """
@@ -206,14 +234,16 @@ def carry_out(
         if isinstance(row, Fresh):
             weight = row.weight(name, like.new_empty(shape), config.n_layers, generator)
         else:
-            before = old.weights[row.source]
-            weight = row.weight(before, generator)
+            before, moments = old.weights[row.source], old.adam.get(row.source)
+            uses[row.source] -= 1
+            last = consume and not uses[row.source]
+            handed_on = last and row.same
+            weight = before if handed_on else row.weight(before, generator)
             if row.redrawn:
                 row.redraw(weight, generator, seeded(like.device, seed, name.rpartition(".")[0]))
-            if row.source in old.adam and not row.forked:
-                new.adam[name] = row.moments(old.adam[row.source])
-            uses[row.source] -= 1
-            if consume and not uses[row.source]:
+            if moments is not None and not row.forked:
+                new.adam[name] = moments if handed_on else row.moments(moments)
+            if last:
                 del old.weights[row.source]
                 old.adam.pop(row.source, None)
         if weight.shape != shape:

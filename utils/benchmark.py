@@ -151,7 +151,7 @@ def training(stage: Stage, run: Run, device: torch.device, dtype: torch.dtype) -
     with torch.device(device):
         state = State.of(SLM(stage.config))
     optimizer = wake(state, run.training, dtype, stage.growth)
-    optimizer.set_lr(lr_at(0, stage.phase, run.training))
+    optimizer.set_lr(lr_at(0, stage, run.training))
     step = stepper(optimizer, run.training, dtype, sys.maxsize)
     vocab_size = stage.config.vocab_size
     dtype_on_disk = np.uint16 if vocab_size <= 2**16 else np.uint32

@@ -14,7 +14,17 @@ from typing import NamedTuple, get_args
 import torch
 from tqdm import tqdm
 
-from config import PRESETS, SCHEDULE_FIELDS, AtGrowth, Run, TrainingConfig, Where, full, require
+from config import (
+    PRESETS,
+    SCHEDULE_FIELDS,
+    AtGrowth,
+    Phase,
+    Run,
+    TrainingConfig,
+    Where,
+    full,
+    require,
+)
 from models import SLM, fused
 from train import grown, run_phase, train
 from transfer import State
@@ -40,6 +50,10 @@ class Arms(NamedTuple):
     training: dict[str, dict[str, object]]
     """Of the training config."""
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.growth, *self.training]
+
 
 EXPERIMENTS = {
     # 0.01 of a weight's standard deviation, 40 dB, is about 1e-4 on weights of 0.02 / 2.
@@ -52,8 +66,9 @@ EXPERIMENTS = {
         "moe",
         {
             "copies": {},
-            "router-0.1": {"router_scale": 0.1},
-            "router-10": {"router_scale": 10.0},
+            # Of a standard deviation of 0.02, which others take, at a width of 512.
+            "router-0.3": {"router_scale": 0.3},
+            "router-3": {"router_scale": 3.0},
             "redrawn-0.5": {"redrawn": 0.5},
         },
         {},
@@ -82,6 +97,8 @@ class Experiment:
     """Which settings are compared."""
     phase: str = ""
     """The phase that grows and is trained; empty: the experiment's own."""
+    arms: tuple[str, ...] = ()
+    """Only these, by name; none: all."""
     seeds: int = 2
     """Of each arm. Differences within the seeds' spread are ties."""
     run: Run = field(default_factory=full)
@@ -91,6 +108,9 @@ class Experiment:
         names = ", ".join(EXPERIMENTS)
         require(self.name in EXPERIMENTS, f"there is no experiment {self.name}, only {names}")
         require(self.seeds >= 1, f"seeds = {self.seeds} must be at least 1")
+        for arm in self.arms:
+            known = EXPERIMENTS[self.name].names
+            require(arm in known, f"arms = {arm} is not in {self.name}, only {', '.join(known)}")
         schedule = self.run.schedule
         require(
             self.grows in schedule,
@@ -111,11 +131,12 @@ class Experiment:
         return self.phase or EXPERIMENTS[self.name].phase
 
     def trunk(self) -> Run:
-        """The phases before."""
+        """The phases before, and of the one that grows what they decay to, its learning rate."""
         names = list(self.run.schedule)
         before = names[: names.index(self.grows)]
         require(bool(before), f"phase = {self.grows} has none before it to start from")
         phases = {name: self.run.schedule[name] for name in before}
+        phases[self.grows] = Phase(steps=0, lr=self.run.schedule[self.grows].lr)
         return replace(self.common(phases), out=self.run.out / f"before-{self.grows}")
 
     def common(self, phases: dict, **training: object) -> Run:
@@ -125,17 +146,20 @@ class Experiment:
         changed = replace(self.run.training, **idle, **training)
         return replace(self.run, phases=phases, training=changed)
 
-    def arms(self) -> dict[str, list[Run]]:
-        """By name, a Run for each seed; its last phase is the one to be trained."""
+    def runs(self) -> dict[str, list[Run]]:
+        """By arm, a Run for each seed; its last phase is the one to be trained."""
         how = EXPERIMENTS[self.name]
         phase, before = self.run.schedule[self.grows], self.trunk().phases
         found = {}
-        for name in [*how.growth, *how.training]:
+        for name in self.arms or how.names:
             grow = replace(phase.grow, **how.growth.get(name, {})) if phase.grow else None
             last = replace(phase, grow=grow, init_checkpoint="")
             run = self.common({**before, self.grows: last}, **how.training.get(name, {}))
+            # One arm of each experiment is the run as it stands: it is trained for all of them.
+            same = run == self.common({**before, self.grows: replace(phase, init_checkpoint="")})
+            folder = f"{self.grows}-{'as-it-is' if same else name}"
             found[name] = [
-                replace(run, seed=run.seed + i, out=run.out / f"{self.grows}-{name}-seed{i}")
+                replace(run, seed=run.seed + i, out=run.out / f"{folder}-seed{i}")
                 for i in range(self.seeds)
             ]
         return found
@@ -152,8 +176,9 @@ class Idle(Keeper):
 
 
 def shared(run: Run, corpus: Corpus, device: torch.device) -> State:
-    """What every arm starts from, on the CPU. It is trained once."""
-    found, who = stages(run), identity(run, corpus.fingerprint, device)
+    """What every arm starts from, on the CPU: the State after all phases of `run` but the last. It
+    is trained once."""
+    found, who = stages(run)[:-1], identity(run, corpus.fingerprint, device)
     with claimed(run.out):
         point = latest(run.out, who, tqdm.write)
         if point is None or (point[0].phase, point[0].step) != (len(found), found[-1].phase.steps):
@@ -203,7 +228,7 @@ def main(options: Experiment) -> None:
     check_length(corpus, run.model.seq_len)
     model = replace(run.model, vocab_size=run.model.vocab_size or corpus.vocab_size)
     options = replace(options, run=replace(run, model=model))
-    arms = options.arms()
+    arms = options.runs()
     state = shared(options.trunk(), corpus, device)
     histories = {}
     for arm, runs in arms.items():

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from config import DataConfig, require
 from transfer import State, carry_out, grow, plan_for
@@ -17,9 +19,10 @@ from utils.device import peak_memory_gb, wait_for
 from utils.errors import RunStopped
 from utils.history import HISTORY
 from utils.schedule import Stage
-from utils.timing import clean_slate, timed
+from utils.timing import clean_slate
 
 Numbers = dict[str, float | None]
+T = TypeVar("T")
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 PATIENCE_S = 600.0
@@ -43,19 +46,21 @@ def time_growth(
     def checked(state: State) -> State:
         return grow(state, how, probe_BS, seed, consume=True)[0]
 
-    growth_s, peak, _ = time_each(alone, before, device, repeats)
-    checked_s, checked_peak, new = time_each(checked, before, device, repeats)
-    made = [*new.weights.values()]
-    made += [tensor for moments in new.adam.values() for tensor in moments.values()]
+    def tensors(state: State) -> list[Tensor]:
+        memory = [tensor for moments in state.adam.values() for tensor in moments.values()]
+        return [*state.weights.values(), *memory]
 
-    def copy() -> None:
-        for tensor in made:
-            tensor.clone()
+    growth_s, peak = time_each(alone, before, device, repeats)
+    checked_s, checked_peak = time_each(checked, before, device, repeats)
+    made = tensors(alone(before()))
+    copy_s, _ = time_each(
+        lambda old: [tensor.clone() for tensor in old], lambda: made, device, repeats
+    )
 
     return {
         "growth_s": growth_s,
         "checked_s": checked_s,
-        "copy_s": timed(copy, device, repeats, 1),
+        "copy_s": copy_s,
         "made_gb": sum(tensor.nbytes for tensor in made) / 1e9,
         "peak_memory_gb": peak,
         "checked_peak_memory_gb": checked_peak,
@@ -63,26 +68,23 @@ def time_growth(
 
 
 def time_each(
-    grow: Callable[[State], State],
-    before: Callable[[], State],
-    device: torch.device,
-    repeats: int,
-) -> tuple[float, float | None, State]:
-    """Median seconds of growths from the State that `before` gives, not counting the first; peak
-    memory of the last, and what it made."""
+    work: Callable[[T], object], before: Callable[[], T], device: torch.device, repeats: int
+) -> tuple[float, float | None]:
+    """Median seconds of `work` on what `before` gives, not counting the first, in memory that is
+    asked for anew each time; and peak memory of the last."""
 
-    def once() -> tuple[float, State]:
-        state = before()
+    def once() -> float:
+        given = before()
         clean_slate(device)
         began = time.perf_counter()
-        new = grow(state)
+        kept = work(given)
         wait_for(device)
-        return time.perf_counter() - began, new
+        seconds = time.perf_counter() - began
+        del kept
+        return seconds
 
     once()
-    seconds = [once()[0] for _ in range(repeats - 1)]
-    last, new = once()
-    return median([*seconds, last]), peak_memory_gb(device), new
+    return median(once() for _ in range(repeats)), peak_memory_gb(device)
 
 
 def time_tokens(text: Path, tokenizer: str) -> Numbers:

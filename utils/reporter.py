@@ -71,7 +71,7 @@ class Reporter:
 
     def log(self) -> None:
         measured = self.meter.read(self.where)
-        lr = lr_at(self.step - 1, self.stage.phase, self.lab.run.training)
+        lr = lr_at(self.step - 1, self.stage, self.lab.run.training)
         self.note("step", lr=lr, **measured)
         self.last |= measured
         self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])

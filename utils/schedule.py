@@ -30,6 +30,8 @@ class Stage:
     """Optimizer steps before this phase."""
     first_token: int
     """Training tokens before this phase."""
+    lr_end: float
+    """What the learning rate decays to."""
     growth: tuple[Growth, ...] = ()
     """Every operator that its model has been through, in order."""
 
@@ -68,6 +70,7 @@ def stages(run: Run) -> list[Stage]:
     # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
     config = replace(run.model, vocab_size=run.model.vocab_size or 1)
     steps, tokens, growth, found = 0, 0, (), []
+    after = [*run.schedule.values(), None][1:]
     for number, (name, phase) in enumerate(run.schedule.items(), 1):
         try:
             if phase.grow is not None:
@@ -76,7 +79,8 @@ def stages(run: Run) -> list[Stage]:
             check_micro_batch(phase, run.training.micro_batch_size)
         except InputError as error:
             raise InputError(f"phase {number} ({name}): {error}") from None
-        found.append(Stage(number, name, phase, config, steps, tokens, growth))
+        end = lr_end(phase, after[number - 1], run.training)
+        found.append(Stage(number, name, phase, config, steps, tokens, end, growth))
         steps, tokens = steps + phase.steps, tokens + found[-1].tokens
     check_files(found)
     return found
@@ -171,13 +175,21 @@ def memory_gb(
     return (config.num_params * (LEAN_BYTES if lean else BYTES) + kept) / 1e9
 
 
-def lr_at(step: int, phase: Phase, settings: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine down to the floor: every phase warms up anew, but one that grew
-    where growing only resets Adam."""
+def lr_end(phase: Phase, after: Phase | None, settings: TrainingConfig) -> float:
+    """What the learning rate decays to in a phase, `after` being the next one."""
+    floor = settings.lr_floor * phase.lr
+    if after is None or settings.anneal == "each":
+        return floor
+    return max(floor, min(phase.lr, after.lr))
+
+
+def lr_at(step: int, stage: Stage, settings: TrainingConfig) -> float:
+    """Linear warm-up, then half a cosine down: every phase warms up anew, but one that grew where
+    growing only resets Adam."""
+    phase = stage.phase
     cold = phase.grow is not None and settings.at_growth == "reset"
     warm = 0 if cold else round(settings.warmup * phase.steps)
     if step < warm:
         return phase.lr * (step + 1) / warm
     done = (step - warm) / max(1, phase.steps - warm)
-    floor = settings.lr_floor
-    return phase.lr * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
+    return stage.lr_end + (phase.lr - stage.lr_end) * (1 + math.cos(math.pi * done)) / 2
