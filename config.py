@@ -593,25 +593,25 @@ def full() -> Run:
 
 
 def tiny() -> Run:
-    """All four phases in about a minute on a laptop's CPU, on the built-in stories."""
+    """All four phases in under a minute on a laptop's CPU, on the built-in stories."""
     model = ModelConfig(
         vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128, num_experts=0
     )
     training = TrainingConfig(
-        steps_phase1=250,
-        steps_phase2=100,
-        steps_phase3=100,
-        steps_phase4=80,
-        lr_phase1=3e-3,
-        lr_phase2=2e-3,
-        lr_phase3=1e-3,
-        lr_phase4=7e-4,
-        batch_size=16,
+        steps_phase1=240,
+        steps_phase2=80,
+        steps_phase3=40,
+        steps_phase4=30,
+        lr_phase1=5e-3,
+        lr_phase2=4e-3,
+        lr_phase3=3e-3,
+        lr_phase4=2e-3,
+        batch_size=8,
         batch_size_phase3=8,
         batch_size_phase4=8,
         upcycle=Upcycle(num_experts=4),
         deepen=Deepen(extra_layers=1),
-        eval_every=50,
+        eval_every=40,
         eval_tokens=8_192,
         sample_tokens=60,
     )
