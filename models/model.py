@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ModelConfig, RopeScaling, require
+from config import ModelConfig, require
 from models.cache import Cache, Past
 from models.fused import fuses
 from models.moe import MoE, Routing
 from models.precision import lowered, side_by_side
+from models.rotary import rotary, rotate
 
 # What each dimension of each parameter is, written "outputs < input". Growth and its tests read
 # this table; nothing else needs to know how a tensor is laid out.
@@ -278,32 +279,3 @@ class MLP(nn.Module):
             h_NF = GateUp.apply(x_BTD.flatten(0, 1), weight)
             return self.down_proj(h_NF).view(x_BTD.shape)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
-def rotary(place_T: Tensor, config: ModelConfig, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (T, K) of the rotary angles (2104.09864) at places of any shape T, halves
-    paired as Llama does."""
-    exact = torch.promote_types(like.dtype, torch.float32)  # bf16 cannot count to a context's end
-    pair = torch.arange(0, config.head_size, 2, device=like.device, dtype=exact)
-    frequency = stretched(config.rope_theta ** (-pair / config.head_size), config.rope_scaling)
-    angle_TK = place_T.to(exact)[..., None] * frequency
-    angle_TK = torch.cat([angle_TK, angle_TK], -1)
-    return lowered(angle_TK.cos().to(like.dtype)), lowered(angle_TK.sin().to(like.dtype))
-
-
-def stretched(frequency: Tensor, how: RopeScaling) -> Tensor:
-    """Angular frequencies, divided by `how.factor`: all of them, or those of long wavelengths."""
-    if how.rope_type == "default":
-        return frequency
-    if how.rope_type == "linear":
-        return frequency / how.factor
-    turns = how.original_max_position_embeddings * frequency / (2 * torch.pi)
-    span = how.high_freq_factor - how.low_freq_factor
-    kept = ((turns - how.low_freq_factor) / span).clamp(0, 1)
-    return frequency * (kept + (1 - kept) / how.factor)
-
-
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Each pair of a head's halves turned by its angle."""
-    first, second = x_BHTK.chunk(2, -1)
-    return x_BHTK * cos_TK + torch.cat([-second, first], -1) * sin_TK

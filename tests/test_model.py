@@ -8,7 +8,7 @@ from small import CONFIGS, DENSE, LEARNED, LEARNED_MOE, trained_like, windows
 
 from config import full
 from models import AXES, SLM, axes
-from models.model import rotary, rotate
+from models.rotary import rotary, rotate
 from transfer import plan_for
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from models import Output, next_token_loss
-from models.model import rotary
 from models.precision import lowered
+from models.rotary import rotary
 from utils.device import autocast
 from utils.optimizer import Optimizer
 

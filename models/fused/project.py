@@ -1,6 +1,6 @@
 """Queries, keys and values in one product, turned by rotary angles on the way out.
 
-Plain: models.model.Attention with `rotate`.
+Plain: models.model.Attention with `models.rotary.rotate`.
 """
 
 import torch
