@@ -46,7 +46,7 @@ def test_every_arm_starts_from_the_same_model_and_is_trained_once(small, capsys)
 def test_what_all_share_must_have_been_made_with_the_same_settings(small):
     main(Experiment("lr", seeds=1, run=small))
     other = replace(small, training=replace(TRAINING, lr_phase1=1e-5))
-    with pytest.raises(InputError, match=r"holds another run: phases\.dense\.lr was 0\.003"):
+    with pytest.raises(InputError, match=r"holds another run: phases\.dense\.lr was 0\.005"):
         main(Experiment("lr", seeds=1, run=other))
 
 
@@ -112,5 +112,5 @@ def test_what_cannot_be_compared_is_refused_by_name(args, says):
 def test_the_trunk_ends_before_the_growth_and_knows_what_rate_it_leads_to():
     trunk = Experiment("depth", run=tiny()).trunk()
     assert list(trunk.phases) == ["dense", "moe", "wide", "deep"]
-    assert trunk.phases["deep"] == Phase(steps=0, lr=tiny().training.lr_phase4)
+    assert trunk.phases["deep"] == Phase(steps=1, lr=tiny().training.lr_phase4)
     assert trunk.out == tiny().out / "before-deep"

@@ -136,7 +136,7 @@ class Experiment:
         before = names[: names.index(self.grows)]
         require(bool(before), f"phase = {self.grows} has none before it to start from")
         phases = {name: self.run.schedule[name] for name in before}
-        phases[self.grows] = Phase(steps=0, lr=self.run.schedule[self.grows].lr)
+        phases[self.grows] = Phase(steps=1, lr=self.run.schedule[self.grows].lr)
         return replace(self.common(phases), out=self.run.out / f"before-{self.grows}")
 
     def common(self, phases: dict, **training: object) -> Run:

@@ -70,7 +70,6 @@ def stages(run: Run) -> list[Stage]:
     # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
     config = replace(run.model, vocab_size=run.model.vocab_size or 1)
     steps, tokens, growth, found = 0, 0, (), []
-    after = [*run.schedule.values(), None][1:]
     for number, (name, phase) in enumerate(run.schedule.items(), 1):
         try:
             if phase.grow is not None:
@@ -79,7 +78,8 @@ def stages(run: Run) -> list[Stage]:
             check_micro_batch(phase, run.training.micro_batch_size)
         except InputError as error:
             raise InputError(f"phase {number} ({name}): {error}") from None
-        end = lr_end(phase, after[number - 1], run.training)
+        later = [other for other in list(run.schedule.values())[number:] if other.steps]
+        end = lr_end(phase, later[0] if later else None, run.training)
         found.append(Stage(number, name, phase, config, steps, tokens, end, growth))
         steps, tokens = steps + phase.steps, tokens + found[-1].tokens
     check_files(found)
@@ -176,7 +176,7 @@ def memory_gb(
 
 
 def lr_end(phase: Phase, after: Phase | None, settings: TrainingConfig) -> float:
-    """What the learning rate decays to in a phase, `after` being the next one."""
+    """What the learning rate decays to in a phase, `after` being the next one that trains."""
     floor = settings.lr_floor * phase.lr
     if after is None or settings.anneal == "each":
         return floor
