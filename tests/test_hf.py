@@ -23,6 +23,7 @@ from transfer import State, carry_out, plan_for
 from utils import agreement, hf, llama, pretrained, stories, tokens
 from utils.checkpoint import Checkpoint, load, save
 from utils.errors import RunStopped
+from utils.files import sweep_parts
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
@@ -139,9 +140,31 @@ def test_an_export_says_all_that_the_model_is(checkpoint, tmp_path):
     assert said.tie_word_embeddings and said.max_position_embeddings == 48
     assert said.eos_token_id == 0
     assert said.rope_parameters == {"rope_theta": 777.0, **asdict(config.rope_scaling)}
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "Upcycle(num_experts=5, top_k=3" in card and "12,345 tokens" in card and "`moe`" in card
     assert pretrained.find(str(tmp_path / "out")).balance_coef == 0.025
+
+
+def test_the_card_tells_where_a_model_began_and_which_growths_kept_its_function(
+    checkpoint, theirs, tmp_path
+):
+    def card(file, out):
+        hf.export(file, tmp_path / out)
+        return (tmp_path / out / "README.md").read_text()
+
+    growth = (Upcycle(4, 3, redrawn=0.5), Widen(2), Deepen(1), Deepen(2, init="copy"))
+    trained = {"phase_name": "deep", "tokens": 12_345, "seed": 7}
+    grown = card(checkpoint(CONFIG, growth, **trained), "grown")
+    assert "random weights, trained on 12,345 tokens, to the end of phase `deep`, with seed 7" in (
+        grown
+    )
+    told = [line for line in grown.splitlines() if "the function" in line]
+    assert [line.endswith("was kept") for line in told] == [False, True, True, False]
+    assert told[0].startswith("- `Upcycle(num_experts=4, top_k=3") and "max_" not in grown
+
+    hf.import_(str(theirs["llama3"]), tmp_path / "a.pt")
+    assert "Began as `llama3` and was not trained since." in card(tmp_path / "a.pt", "back")
+    hf.grow(str(theirs["llama3"]), tmp_path / "big", deepen=1)
+    big = (tmp_path / "big" / "README.md").read_text()
+    assert "Began as `llama3` and was not trained since." in big and "was kept" in big
 
 
 def test_what_transformers_computes_otherwise_is_not_exported(checkpoint, tmp_path, monkeypatch):
@@ -249,7 +272,7 @@ def test_growth_tells_what_it_moved_took_and_wrote(theirs, tmp_path, capsys):
     hf.grow(str(theirs["llama3"]), tmp_path / "a", upcycle=4, deepen=1, text=text)
     first, second, last = capsys.readouterr().out.splitlines()
     assert first.startswith("Upcycle kept the function: loss") and second.startswith("Deepen kept")
-    told = r"a: 4 x 64, 4 experts, top-2, .* parameters, 0.00 GB of float32 weights, in .* s"
+    told = r"a: 4 x 64, 4 experts, top-2, .* parameters, 0.00\d+ GB of float32 weights, in .* s"
     assert re.search(told, last)
     with pytest.raises(InputError, match=r"text = .*none.txt: cannot be read"):
         hf.grow(str(theirs["llama3"]), tmp_path / "b", deepen=1, text=tmp_path / "none.txt")
@@ -362,6 +385,34 @@ def test_a_folder_is_replaced_only_if_told_to_and_only_if_it_is_a_model_s(theirs
     with pytest.raises(InputError, match="nothing to do: --upcycle, --widen or --deepen"):
         hf.grow(source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from utils.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as part:
+    (part / "config.json").write_text("{")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(checkpoint, tmp_path):
+    file = checkpoint()
+    for name in ("out", "out.2"):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / name], cwd=ROOT, timeout=60)
+    assert not (tmp_path / "out").exists()
+    left = {path for path in tmp_path.iterdir() if path != file}
+    assert len(left) == 2 and all(path.name.endswith(".part") for path in left)
+    sweep_parts(tmp_path)  # of a run in the same folder, whose parts are files
+    hf.export(file, tmp_path / "out")
+    (of_another,) = (path for path in left if path.exists())
+    assert of_another.name.startswith(".out.2.")
+
+
+def test_all_files_of_an_export_are_for_the_same_readers(checkpoint, tmp_path):
+    hf.export(checkpoint(), tmp_path / "out")
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 IMPORT = """

@@ -60,7 +60,7 @@ def export(checkpoint: Path, folder: Path, /, overwrite: bool = False) -> None:
         (part / "README.md").write_text(text, encoding="utf-8")
         drift = check(part, saved)
     name = said["architectures"][0]
-    print(f"{folder}: {name}, {describe(saved.config)}, {size / 1e9:.2f} GB")
+    print(f"{folder}: {name}, {describe(saved.config)}, {size / 1e9:.3g} GB")
     print(
         f"transformers agrees on {drift.probe_tokens} tokens: logits within "
         f"{drift.max_logit_diff:.1e}, loss {drift.loss_after:.6f} (here {drift.loss_before:.6f}); "
@@ -90,25 +90,30 @@ def save_tokenizer(part: Path, saved: Checkpoint) -> None:
 
 
 def history(saved: Checkpoint) -> str:
+    """Where it began and how far it was trained, in words."""
+    began = f"Began as `{saved.init_from}`" if saved.init_from else "Began with random weights"
+    if not saved.tokens:
+        return f"{began} and was not trained since."
     phase = f", to the end of phase `{saved.phase_name}`" if saved.phase_name else ""
-    return f"Trained on {saved.tokens:,} tokens{phase}, with seed {saved.seed}."
+    return f"{began}, trained on {saved.tokens:,} tokens{phase}, with seed {saved.seed}."
 
 
 def card(name: str, config: ModelConfig, history: str, growth: Sequence[Growth]) -> str:
     """The model card: what it is and how it came to be."""
-    grown = "".join(f"- {shown(how)}\n" for how in growth) or "- not at all\n"
+    grown = "".join(f"- {told(how)}\n" for how in growth) or "- not at all\n"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n- model-growth\n---\n\n# {name}\n\n"
         f"{describe(config)}, context {config.seq_len:,}.\n\n{history} "
-        f"How it grew, in order, each time without a change of its function:\n\n{grown}"
+        f"How it grew, in order:\n\n{grown}"
     )
 
 
-def shown(how: Growth) -> str:
-    """An operator with what it was told, but for the limits that it kept within."""
-    told = {name: value for name, value in asdict(how).items() if not name.startswith("max_")}
-    return f"{type(how).__name__}({', '.join(f'{name}={value}' for name, value in told.items())})"
+def told(how: Growth) -> str:
+    """An operator with its settings, but for the limits that it kept within, and what it did."""
+    settings = [f"{name}={value}" for name, value in asdict(how).items() if name[:4] != "max_"]
+    did = "the function was kept" if how.exact else "the function changed"
+    return f"`{type(how).__name__}({', '.join(settings)})`: {did}"
 
 
 def describe(config: ModelConfig) -> str:
@@ -130,11 +135,8 @@ def import_(model: str, checkpoint: Path, /, overwrite: bool = False) -> None:
     found = find(model)
     tokenizer, eos = tokens.load(model, 0, lambda: iter(()))
     state = found.state()
-    coef = found.balance_coef
-    save(
-        checkpoint,
-        Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, balance_coef=coef),
-    )
+    told = {"balance_coef": found.balance_coef, "init_from": pretrained.title(model)}
+    save(checkpoint, Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, **told))
     print(f"{checkpoint}: {describe(state.config)}, context {state.config.seq_len:,}")
 
 
@@ -199,7 +201,7 @@ def grow(
     seconds, memory = time.perf_counter() - began, peak_resident_gb()
     peak = "" if memory is None else f", peak memory {memory:.2f} GB"
     print(
-        f"{folder}: {describe(config)}, {size / 1e9:.2f} GB of {dtype_name(dtype)} weights, "
+        f"{folder}: {describe(config)}, {size / 1e9:.3g} GB of {dtype_name(dtype)} weights, "
         f"in {seconds:.1f} s{peak}"
     )
 
@@ -228,8 +230,8 @@ def save_grown(part: Path, name: str, found: Pretrained, state: State, hows: lis
     for beside in pretrained.TOKENIZER:
         if (path := fetch(found.name, beside)) is not None:
             shutil.copyfile(path, part / beside)
-    origin = Path(found.name).name if tokens.is_path(found.name) else found.name
-    text = card(name, state.config, f"Grown from `{origin}` and not trained since.", hows)
+    began = f"Began as `{pretrained.title(found.name)}` and was not trained since."
+    text = card(name, state.config, began, hows)
     (part / "README.md").write_text(text, encoding="utf-8")
     return save_weights(part, llama.to_theirs(state.config, state.weights))
 

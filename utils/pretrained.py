@@ -93,6 +93,11 @@ def find(name: str) -> Pretrained:
     return Pretrained(name, said, config, files, dtype)
 
 
+def title(name: str) -> str:
+    """What a model is called elsewhere: its name on the hub, or that of its folder alone."""
+    return Path(name).expanduser().resolve().name if name and tokens.is_path(name) else name
+
+
 def fetch(name: str, part: str) -> Path | None:
     """A file of the model, here or on the hub; None where it has none like that."""
     if tokens.is_path(name):
@@ -168,10 +173,13 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], limit: int = SHARD) -
         size = sum(tensor.nbytes for tensor in tensors.values())
         save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
     for name, shard in zip(names, shards, strict=True):
+        (folder / name).touch()
+        usual = (folder / name).stat().st_mode
         try:
             save_file(shard, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        (folder / name).chmod(usual)  # of its own it lets nobody else read what it writes
     return sum((folder / name).stat().st_size for name in names)
 
 
