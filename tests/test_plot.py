@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from config import InputError
-from utils.along import along, set_axis, stretches
+from utils.along import along, set_axis, stretches, text
 from utils.curves import smooth
 from utils.history import History
 from utils.panels import verdict
@@ -105,6 +105,17 @@ def test_no_label_covers_another_however_short_the_phase(schedule):
         assert not box.overlaps(other_box), (one, other)
 
 
+@pytest.mark.parametrize("hurt", [0.0, 0.1])
+def test_what_an_axis_measures_is_written_clear_of_its_numbers_and_within_the_picture(hurt):
+    drawing = figure({"run": record(FULL, hurt)})
+    drawing.canvas.draw()
+    for axes in drawing.axes:
+        label = axes.yaxis.label.get_window_extent()
+        assert label.x0 > 0
+        for number in axes.get_yticklabels():
+            assert not label.overlaps(number.get_window_extent()), number
+
+
 def test_the_end_of_each_phase_tells_its_validation_loss():
     events = record(FULL)
     last = {e["phase"]: f"{e['valid_loss']:.2f}" for e in events if e["event"] == "eval"}
@@ -166,6 +177,13 @@ def test_the_places_are_tokens_the_work_that_they_took_or_hours():
     }
 
 
+@pytest.mark.parametrize(
+    "hours, said", [(0, "0 s"), (0.00894, "32.2 s"), (0.0253, "1.52 min"), (1.5, "1.5 h")]
+)
+def test_times_are_told_in_a_unit_that_fits(hours, said):
+    assert text(hours, "hours") == said
+
+
 @schedules
 @pytest.mark.parametrize("unit", ["tokens", "flops", "hours"])
 def test_along_any_axis_places_never_go_back_and_phases_follow_each_other(unit, schedule):
@@ -192,7 +210,7 @@ def test_under_the_losses_is_drawn_what_the_history_tells():
     assert len(alone) == 1
     assert len(titles(figure({"run": record(FULL, measured=False)}))) == 2
     _, since, load, apart = titles(figure({"run": record(FULL)}))
-    assert since == "Validation loss since the growth"
+    assert since == "Validation loss since the growth, in nats"
     assert load == "Load of each expert: 4 of 32 are idle"
     assert apart.endswith("twins 0.20, experts 0.10")
 

@@ -34,6 +34,8 @@ def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") ->
     It is there whole or stays as it was.
 
     Args:
+        folders: What runs were told to write to (--out of train.py).
+        out: The picture; its name's end says of what kind: .png, .pdf, .svg, ...
         x: What the runs are drawn along: tokens, flops or hours.
     """
     require(len(folders) > 0, "name the folder of at least one run")
@@ -103,7 +105,7 @@ def stacked(drawing: "Figure", heights: Sequence[float], top: float) -> "list[Ax
         size = (WIDTH - LEFT - RIGHT) / WIDTH, own / height
         found.append(drawing.add_axes((LEFT / WIDTH, above / height, *size)))
         found[-1].spines[["top", "right"]].set_visible(False)
-        found[-1].yaxis.set_label_coords(-0.07, 0.5)
+        found[-1].yaxis.set_label_coords(-0.066, 0.5)
         above -= GAP
     return found
 
@@ -111,4 +113,5 @@ def stacked(drawing: "Figure", heights: Sequence[float], top: float) -> "list[Ax
 if __name__ == "__main__":
     import tyro
 
-    run_command(lambda: print(tyro.cli(plot, config=(tyro.conf.PositionalRequiredArgs,))))
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    run_command(lambda: print(tyro.cli(plot, prog="python -m utils.plot", config=positional)))
