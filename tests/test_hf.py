@@ -161,7 +161,8 @@ def test_the_card_tells_where_a_model_began_and_which_growths_kept_its_function(
     assert told[0].startswith("- `Upcycle(num_experts=4, top_k=3") and "max_" not in grown
 
     hf.import_(str(theirs["llama3"]), tmp_path / "a.pt")
-    assert "Began as `llama3` and was not trained since." in card(tmp_path / "a.pt", "back")
+    back = card(tmp_path / "a.pt", "back")
+    assert back.endswith("Began as `llama3` and was not trained since. It has not grown.\n")
     hf.grow(str(theirs["llama3"]), tmp_path / "big", deepen=1)
     big = (tmp_path / "big" / "README.md").read_text()
     assert "Began as `llama3` and was not trained since." in big and "was kept" in big
@@ -385,6 +386,11 @@ def test_a_folder_is_replaced_only_if_told_to_and_only_if_it_is_a_model_s(theirs
     with pytest.raises(InputError, match="nothing to do: --upcycle, --widen or --deepen"):
         hf.grow(source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(theirs, tmp_path):
+    with pytest.raises(InputError, match=r"cannot be written \(Is a directory\)"):
+        hf.import_(str(theirs["llama3"]), tmp_path, overwrite=True)
 
 
 KILLED = """

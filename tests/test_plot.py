@@ -292,6 +292,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
             plot([run], picture)
 
 
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    run, target = written(tmp_path / "run", record(SCRATCH)), tmp_path / "folder.png"
+    target.mkdir()
+    with pytest.raises(InputError, match=r"folder.png cannot be written \(Is a directory\)"):
+        plot([run], target)
+
+
 def test_the_command_answers_an_error_with_one_line_and_training_pays_for_no_matplotlib(tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "utils.plot", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -62,6 +62,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError, naming `path`, where the system refuses to have it written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
 def sweep_parts(folder: Path) -> None:
     """Removes what a killed process had not completed."""
     for part in folder.glob(f".*{PART}"):

@@ -23,6 +23,7 @@ from utils.cli import run_command
 from utils.cpu import peak_resident_gb, return_freed_memory
 from utils.data import windows
 from utils.errors import RunStopped
+from utils.files import writing
 from utils.header import parameters
 from utils.pretrained import Pretrained, fetch, find, new_folder, save_json, save_weights
 
@@ -100,12 +101,12 @@ def history(saved: Checkpoint) -> str:
 
 def card(name: str, config: ModelConfig, history: str, growth: Sequence[Growth]) -> str:
     """The model card: what it is and how it came to be."""
-    grown = "".join(f"- {told(how)}\n" for how in growth) or "- not at all\n"
+    each = "".join(f"- {told(how)}\n" for how in growth)
+    grown = f"How it grew, in order:\n\n{each}" if growth else "It has not grown.\n"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n- model-growth\n---\n\n# {name}\n\n"
-        f"{describe(config)}, context {config.seq_len:,}.\n\n{history} "
-        f"How it grew, in order:\n\n{grown}"
+        f"{describe(config)}, context {config.seq_len:,}.\n\n{history} {grown}"
     )
 
 
@@ -136,7 +137,8 @@ def import_(model: str, checkpoint: Path, /, overwrite: bool = False) -> None:
     tokenizer, eos = tokens.load(model, 0, lambda: iter(()))
     state = found.state()
     told = {"balance_coef": found.balance_coef, "init_from": pretrained.title(model)}
-    save(checkpoint, Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, **told))
+    with writing(checkpoint):
+        save(checkpoint, Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, **told))
     print(f"{checkpoint}: {describe(state.config)}, context {state.config.seq_len:,}")
 
 
@@ -167,7 +169,7 @@ def grow(
         deepen: More layers.
         top_k: Experts that each token visits.
         noise: On the copies of widening, relative to each weight's standard deviation.
-        where: New layers between the old ones, or at the end.
+        where: New layers between the old ones, or all after them or in their middle.
         text: Compare on the beginning of this file instead of on random tokens.
         seed: Of routers, noise and random tokens.
         overwrite: Replace a model that is there.

@@ -15,7 +15,7 @@ from utils.along import along, set_axis, stretches
 from utils.cli import run_command
 from utils.comparison import draw_comparison
 from utils.curves import BAD, draw_losses, outcome
-from utils.files import whole_file
+from utils.files import whole_file, writing
 from utils.history import HISTORY, PLOT, read, select
 from utils.panels import panels
 
@@ -50,7 +50,7 @@ def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") ->
     kinds = sorted(drawing.canvas.get_supported_filetypes())
     require(kind in kinds, f"{target}: the name must end in one of {', '.join(kinds)}")
     require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
-    with whole_file(target) as file:
+    with writing(target), whole_file(target) as file:
         drawing.savefig(file, format=kind, dpi=160)
     return target
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from config import InputError, ModelConfig, TrainingConfig, require
 from transfer import State
 from utils import hub, llama, tokens
-from utils.files import whole_folder
+from utils.files import whole_folder, writing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = (
@@ -195,11 +195,9 @@ def new_folder(folder: Path, overwrite: bool, size: int) -> Iterator[Path]:
         require(overwrite, f"{folder} is there already: --overwrite replaces it")
         model = folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
         require(model, f"{folder} is no model's folder (it has no {CONFIG}): it is left as it is")
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
         require(free > size, f"{folder}: {size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
         with whole_folder(folder) as part:
             yield part
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error})") from error
