@@ -416,6 +416,19 @@ def test_a_killed_export_leaves_no_model_and_the_next_one_clears_up(checkpoint, 
     assert of_another.name.startswith(".out.2.")
 
 
+def test_an_export_through_a_link_replaces_what_it_points_at(checkpoint, tmp_path):
+    file = checkpoint()
+    hf.export(file, tmp_path / "disk" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    (tmp_path / "disk" / "out" / "old.txt").touch()
+    for _ in range(2):
+        hf.export(file, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "link" / "old.txt").exists()
+    assert (tmp_path / "link" / "README.md").read_text().count("# out\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "model.pt"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
 def test_all_files_of_an_export_are_for_the_same_readers(checkpoint, tmp_path):
     hf.export(checkpoint(), tmp_path / "out")
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1

@@ -40,7 +40,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that takes its place only once all files in it are complete and on the disk; one
     that is there before is then removed, and at once what a killed process had not completed."""
-    path = path.absolute()
+    path = path.resolve()  # through a link: what it points at is replaced, not the link
     of_killed = re.compile(re.escape(f".{path.name}.") + r"\d+(\.old)?" + re.escape(PART))
     for left in filter(lambda beside: of_killed.fullmatch(beside.name), path.parent.iterdir()):
         shutil.rmtree(left)

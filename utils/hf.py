@@ -57,7 +57,7 @@ def export(checkpoint: Path, folder: Path, /, overwrite: bool = False) -> None:
         save_json(part / pretrained.CONFIG, said | of_tokens(saved))
         save_weights(part, llama.to_theirs(saved.config, saved.weights))
         save_tokenizer(part, saved)
-        text = card(folder.name, saved.config, history(saved), saved.growth)
+        text = card(folder.resolve().name, saved.config, history(saved), saved.growth)
         (part / "README.md").write_text(text, encoding="utf-8")
         drift = check(part, saved)
     name = said["architectures"][0]
@@ -199,7 +199,7 @@ def grow(
             except GrowthError as error:
                 raise RunStopped(f"{error}; nothing is written") from error
             print(f"{type(how).__name__} kept the function: {drift}")
-        size = save_grown(part, folder.name, found, state, hows)
+        size = save_grown(part, folder.resolve().name, found, state, hows)
     seconds, memory = time.perf_counter() - began, peak_resident_gb()
     peak = "" if memory is None else f", peak memory {memory:.2f} GB"
     print(

@@ -197,7 +197,7 @@ def new_folder(folder: Path, overwrite: bool, size: int) -> Iterator[Path]:
         require(model, f"{folder} is no model's folder (it has no {CONFIG}): it is left as it is")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(folder.resolve().parent).free
         require(free > size, f"{folder}: {size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
         with whole_folder(folder) as part:
             yield part
