@@ -95,8 +95,8 @@ def history(saved: Checkpoint) -> str:
     began = f"Began as `{saved.init_from}`" if saved.init_from else "Began with random weights"
     if not saved.tokens:
         return f"{began} and was not trained since."
-    phase = f", to the end of phase `{saved.phase_name}`" if saved.phase_name else ""
-    return f"{began}, trained on {saved.tokens:,} tokens{phase}, with seed {saved.seed}."
+    phase = f"; the model of phase `{saved.phase_name}`" if saved.phase_name else ""
+    return f"{began}, trained on {saved.tokens:,} tokens with seed {saved.seed}{phase}."
 
 
 def card(name: str, config: ModelConfig, history: str, growth: Sequence[Growth]) -> str:
