@@ -134,7 +134,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(theirs, tmp_path, change, s
         ("config.json", b"{", "config.json cannot be read"),
         ("model.safetensors", None, "there is no model.safetensors"),
         ("model.safetensors", b"pickle", "is damaged or no safetensors file"),
-        ("tokenizer.json", None, "no such folder with a tokenizer.json|cannot be read|damaged"),
+        ("tokenizer.json", None, "no such folder with a tokenizer.json"),
     ],
 )
 def test_a_missing_or_damaged_file_is_named(theirs, tmp_path, file, content, says):

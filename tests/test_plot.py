@@ -157,6 +157,19 @@ def test_runs_are_told_apart_by_colour_and_name_whatever_their_phases():
     assert len({line.get_color() for line in legend.get_lines()[:3]}) == 3
 
 
+def test_many_runs_are_told_apart_and_their_names_cover_no_run_that_has_room_elsewhere():
+    runs = {f"run {i}": record(SCRATCH) for i in range(9)}
+    drawing = figure(runs)
+    drawing.canvas.draw()
+    axes = drawing.axes[0]
+    lines = axes.get_legend().get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+    box = axes.get_legend().get_window_extent()
+    for line in axes.lines:
+        ends = axes.transData.transform(line.get_xydata()[-20:])
+        assert not any(box.contains(x, y) for x, y in ends)
+
+
 @pytest.mark.parametrize("unit", ["tokens", "flops", "hours"])
 def test_a_comparison_marks_each_growth_with_its_operator_where_it_happened(unit):
     events = record(FULL)
