@@ -20,7 +20,7 @@ LABELS = {
 }
 CLOCK = ((1.0, "h"), (1 / 60, "min"), (1 / 3600, "s"))
 """Hours in each unit that a time is told in."""
-NARROWEST = 0.15
+NARROWEST = 0.165
 """Share of the axis that a phase gets however short it is, before all are scaled to fit."""
 SLIVER = 1e-6
 """Share of the run that a phase without a step is taken to be long."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import: a run pays for it when it dra
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, LEFT, RIGHT, BOTTOM, LOSSES, GAP = 9, 0.75, 0.3, 0.5, 3.64, 0.48
+WIDTH, LEFT, RIGHT, BOTTOM, LOSSES, GAP = 9, 0.68, 0.3, 0.5, 3.64, 0.48
 """Inches: of the picture, its margins, the losses' axes, and between them and what lies under."""
 
 
@@ -105,7 +105,7 @@ def stacked(drawing: "Figure", heights: Sequence[float], top: float) -> "list[Ax
         size = (WIDTH - LEFT - RIGHT) / WIDTH, own / height
         found.append(drawing.add_axes((LEFT / WIDTH, above / height, *size)))
         found[-1].spines[["top", "right"]].set_visible(False)
-        found[-1].yaxis.set_label_coords(-0.066, 0.5)
+        found[-1].yaxis.set_label_coords(-0.057, 0.5)
         above -= GAP
     return found
 
