@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -56,3 +57,10 @@ def some_tokens(length: int = 64) -> torch.Tensor:
 def assert_same(logits: torch.Tensor, want: torch.Tensor) -> None:
     """To 1e-5 of the largest."""
     torch.testing.assert_close(logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The folder of each of MODELS."""
+    folder = tmp_path_factory.mktemp("llamas")
+    return {name: make(folder / name, config) for name, config in MODELS.items()}

@@ -200,6 +200,16 @@ def test_a_bad_setting_is_refused_by_name(checkpoint, bad, says):
         main(checkpoint, settings.pop("prompts"), **settings)
 
 
+def test_whoever_has_read_enough_leaves_without_a_traceback(checkpoint):
+    command = [sys.executable, "-m", "utils.generate", checkpoint, *9 * ["A"], "--length", "9999"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as writer:
+        writer.stdout.read(1)
+        writer.stdout.close()
+        assert (writer.wait(timeout=60), writer.stderr.read()) == (141, b"")
+
+
 def test_the_command_tells_a_story_or_which_checkpoint_is_missing(checkpoint):
     def told(*args):
         command = [sys.executable, "-m", "utils.generate", *args]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from config import InputError
-from utils.along import along, set_axis, stretches
+from utils.along import along, set_axis, stretches, text
 from utils.curves import smooth
 from utils.history import History
 from utils.panels import verdict
@@ -105,6 +105,17 @@ def test_no_label_covers_another_however_short_the_phase(schedule):
         assert not box.overlaps(other_box), (one, other)
 
 
+@pytest.mark.parametrize("hurt", [0.0, 0.1])
+def test_what_an_axis_measures_is_written_clear_of_its_numbers_and_within_the_picture(hurt):
+    drawing = figure({"run": record(FULL, hurt)})
+    drawing.canvas.draw()
+    for axes in drawing.axes:
+        label = axes.yaxis.label.get_window_extent()
+        assert label.x0 > 0
+        for number in axes.get_yticklabels():
+            assert not label.overlaps(number.get_window_extent()), number
+
+
 def test_the_end_of_each_phase_tells_its_validation_loss():
     events = record(FULL)
     last = {e["phase"]: f"{e['valid_loss']:.2f}" for e in events if e["event"] == "eval"}
@@ -146,6 +157,19 @@ def test_runs_are_told_apart_by_colour_and_name_whatever_their_phases():
     assert len({line.get_color() for line in legend.get_lines()[:3]}) == 3
 
 
+def test_many_runs_are_told_apart_and_their_names_cover_no_run_that_has_room_elsewhere():
+    runs = {f"run {i}": record(SCRATCH) for i in range(9)}
+    drawing = figure(runs)
+    drawing.canvas.draw()
+    axes = drawing.axes[0]
+    lines = axes.get_legend().get_lines()
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 9
+    box = axes.get_legend().get_window_extent()
+    for line in axes.lines:
+        ends = axes.transData.transform(line.get_xydata()[-20:])
+        assert not any(box.contains(x, y) for x, y in ends)
+
+
 @pytest.mark.parametrize("unit", ["tokens", "flops", "hours"])
 def test_a_comparison_marks_each_growth_with_its_operator_where_it_happened(unit):
     events = record(FULL)
@@ -164,6 +188,13 @@ def test_the_places_are_tokens_the_work_that_they_took_or_hours():
         "flops": pytest.approx(3 * 1000 + 50 * 200, rel=1e-4),
         "hours": pytest.approx((events[-1]["wall_s"] - events[0]["wall_s"]) / 3600),
     }
+
+
+@pytest.mark.parametrize(
+    "hours, said", [(0, "0 s"), (0.00894, "32.2 s"), (0.0253, "1.52 min"), (1.5, "1.5 h")]
+)
+def test_times_are_told_in_a_unit_that_fits(hours, said):
+    assert text(hours, "hours") == said
 
 
 @schedules
@@ -192,7 +223,7 @@ def test_under_the_losses_is_drawn_what_the_history_tells():
     assert len(alone) == 1
     assert len(titles(figure({"run": record(FULL, measured=False)}))) == 2
     _, since, load, apart = titles(figure({"run": record(FULL)}))
-    assert since == "Validation loss since the growth"
+    assert since == "Validation loss since the growth, in nats"
     assert load == "Load of each expert: 4 of 32 are idle"
     assert apart.endswith("twins 0.20, experts 0.10")
 
@@ -272,6 +303,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     for picture in (tmp_path / "curves.doc", tmp_path / "nowhere" / "curves.png"):
         with pytest.raises(InputError, match=str(picture)):
             plot([run], picture)
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    run, target = written(tmp_path / "run", record(SCRATCH)), tmp_path / "folder.png"
+    target.mkdir()
+    with pytest.raises(InputError, match=r"folder.png cannot be written \(Is a directory\)"):
+        plot([run], target)
 
 
 def test_the_command_answers_an_error_with_one_line_and_training_pays_for_no_matplotlib(tmp_path):

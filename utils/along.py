@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 LABELS = {
     "tokens": "training tokens",
     "flops": "training FLOPs",
-    "hours": "hours that the run took",
+    "hours": "time that the run took",
 }
-NARROWEST = 0.15
+CLOCK = ((1.0, "h"), (1 / 60, "min"), (1 / 3600, "s"))
+"""Hours in each unit that a time is told in."""
+NARROWEST = 0.165
 """Share of the axis that a phase gets however short it is, before all are scaled to fit."""
 SLIVER = 1e-6
 """Share of the run that a phase without a step is taken to be long."""
@@ -88,7 +90,10 @@ def text(at: float, unit: str) -> str:
     """A place on the axis, as people read it."""
     if unit == "tokens":
         return short(at)
-    return f"{at:.3g}".replace("e+", "e") if unit == "flops" else f"{at:.3g} h"
+    if unit == "flops":
+        return f"{at:.3g}".replace("e+", "e")
+    size, name = next((one for one in CLOCK if at >= one[0]), CLOCK[-1])
+    return f"{at / size:.3g} {name}"
 
 
 def set_axis(axes: "Axes", edges: Sequence[float], unit: str) -> None:

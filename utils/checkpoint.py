@@ -44,6 +44,8 @@ class Checkpoint:
     seed: int = 0
     balance_coef: float = TrainingConfig.balance_coef
     """Weight of the load-balancing loss that it was trained with."""
+    init_from: str = ""
+    """The pretrained model that it was before all else; empty: random weights."""
 
     @property
     def state(self) -> State:

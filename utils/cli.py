@@ -1,6 +1,7 @@
 """From the command line to a call: presets, overrides, and what an error looks like."""
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,13 +14,13 @@ from config import PRESETS, InputError, ModelConfig, Run, require
 from utils.errors import RunStopped
 from utils.signals import Stopped, stoppable
 
-INPUT_ERROR, RUN_STOPPED = 2, 1
+INPUT_ERROR, RUN_STOPPED, PIPE_CLOSED = 2, 1, 141
 T = TypeVar("T")
 
 
 def run_command(command: Callable[[], None]) -> None:
     """Runs `command` and exits: 0, or one line on stderr and 2 for bad input, 1 for a run that had
-    to stop, 130 for Ctrl-C, 143 for SIGTERM."""
+    to stop, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads on (`| head`)."""
     try:
         with stoppable():
             command()
@@ -29,6 +30,9 @@ def run_command(command: Callable[[], None]) -> None:
         leave(f"stopped: {error}", RUN_STOPPED)
     except Stopped as stop:
         leave(str(stop), stop.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
+        sys.exit(PIPE_CLOSED)
 
 
 def leave(message: str, code: int) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, which stays apart for colour-blind eyes."""
+DASHES = ("-", "--", ":")
+"""Of as many runs each as there are colours."""
 MARKS = {"Upcycle": "D", "Widen": "s", "Deepen": "^"}
 """Of the operators, where they grew the model."""
 
@@ -29,10 +31,11 @@ def draw_comparison(axes: "Axes", runs: Mapping[str, list[dict]], unit: str) -> 
     for index, (name, events) in enumerate(runs.items()):
         label = f"{name}: {outcome(events)} in {spent(events)} on {corpus(events)}"
         label = label.lstrip("_")  # matplotlib would leave it out of the legend
-        colour = COLOURS[index % len(COLOURS)]
+        again, which = divmod(index, len(COLOURS))
+        colour, dashes = COLOURS[which], DASHES[again % len(DASHES)]
         axes.plot(*curve(events, "step"), color=colour, alpha=0.2, linewidth=1)
         valid = curve(events, "eval")
-        axes.plot(*valid, color=colour, linewidth=2, label=label)
+        axes.plot(*valid, dashes, color=colour, linewidth=2, label=label)
         for how, mark in MARKS.items():
             at = [event["at"] for event in select(events, "grow") if event["how"] == how]
             height = np.interp(at, *(valid if len(valid[0]) else curve(events, "step")))
@@ -40,4 +43,5 @@ def draw_comparison(axes: "Axes", runs: Mapping[str, list[dict]], unit: str) -> 
             seen |= {how} if at else set()
     for how in sorted(seen, key=list(MARKS).index):
         axes.plot([], [], MARKS[how], color="black", label=how)
-    axes.legend(loc="upper right", edgecolor="none", framealpha=0.6)
+    size = min(10, max(6.5, 80 / (len(runs) + len(seen))))
+    axes.legend(loc="best", fontsize=size, edgecolor="none", framealpha=0.6)

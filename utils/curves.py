@@ -86,7 +86,7 @@ def loss_limits(runs: Sequence[list[dict]], headroom: float) -> tuple[float, flo
     for events in runs:
         curves = [curve(events, kind) for kind in ("step", "eval")]
         at, losses = (np.concatenate(both) for both in zip(*curves, strict=True))
-        seen.extend(losses[at >= min(stretches(events)[0].end / 10, at.max())])
+        seen.extend(losses[at >= min(stretches(events)[0].end / 4, at.max())])
     low, high = min(seen), min(max(seen), 3 * float(np.median(seen)))
     span = max(high - low, 0.1)
     return low - 0.1 * span, high + headroom * span

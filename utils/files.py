@@ -1,6 +1,7 @@
 """Files that are whole or not there, and that notice when a bit of them has changed."""
 
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -38,8 +39,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder that takes its place only once all files in it are complete and on the disk; one
-    that is there before is then removed."""
-    path = path.absolute()
+    that is there before is then removed, and at once what a killed process had not completed."""
+    path = path.resolve()  # through a link: what it points at is replaced, not the link
+    of_killed = re.compile(re.escape(f".{path.name}.") + r"\d+(\.old)?" + re.escape(PART))
+    for left in filter(lambda beside: of_killed.fullmatch(beside.name), path.parent.iterdir()):
+        shutil.rmtree(left)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}{end}{PART}") for end in ("", ".old"))
     part.mkdir()
     try:
@@ -58,10 +62,20 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises InputError, naming `path`, where the system refuses to have it written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
 def sweep_parts(folder: Path) -> None:
     """Removes what a killed process had not completed."""
     for part in folder.glob(f".*{PART}"):
-        part.unlink()
+        if part.is_file():
+            part.unlink()
 
 
 def is_newer(path: Path, than: Path) -> bool:

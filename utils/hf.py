@@ -23,6 +23,7 @@ from utils.cli import run_command
 from utils.cpu import peak_resident_gb, return_freed_memory
 from utils.data import windows
 from utils.errors import RunStopped
+from utils.files import writing
 from utils.header import parameters
 from utils.pretrained import Pretrained, fetch, find, new_folder, save_json, save_weights
 
@@ -56,11 +57,11 @@ def export(checkpoint: Path, folder: Path, /, overwrite: bool = False) -> None:
         save_json(part / pretrained.CONFIG, said | of_tokens(saved))
         save_weights(part, llama.to_theirs(saved.config, saved.weights))
         save_tokenizer(part, saved)
-        text = card(folder.name, saved.config, history(saved), saved.growth)
+        text = card(folder.resolve().name, saved.config, history(saved), saved.growth)
         (part / "README.md").write_text(text, encoding="utf-8")
         drift = check(part, saved)
     name = said["architectures"][0]
-    print(f"{folder}: {name}, {describe(saved.config)}, {size / 1e9:.2f} GB")
+    print(f"{folder}: {name}, {describe(saved.config)}, {size / 1e9:.3g} GB")
     print(
         f"transformers agrees on {drift.probe_tokens} tokens: logits within "
         f"{drift.max_logit_diff:.1e}, loss {drift.loss_after:.6f} (here {drift.loss_before:.6f}); "
@@ -90,25 +91,30 @@ def save_tokenizer(part: Path, saved: Checkpoint) -> None:
 
 
 def history(saved: Checkpoint) -> str:
-    phase = f", to the end of phase `{saved.phase_name}`" if saved.phase_name else ""
-    return f"Trained on {saved.tokens:,} tokens{phase}, with seed {saved.seed}."
+    """Where it began and how far it was trained, in words."""
+    began = f"Began as `{saved.init_from}`" if saved.init_from else "Began with random weights"
+    if not saved.tokens:
+        return f"{began} and was not trained since."
+    phase = f"; the model of phase `{saved.phase_name}`" if saved.phase_name else ""
+    return f"{began}, trained on {saved.tokens:,} tokens with seed {saved.seed}{phase}."
 
 
 def card(name: str, config: ModelConfig, history: str, growth: Sequence[Growth]) -> str:
     """The model card: what it is and how it came to be."""
-    grown = "".join(f"- {shown(how)}\n" for how in growth) or "- not at all\n"
+    each = "".join(f"- {told(how)}\n" for how in growth)
+    grown = f"How it grew, in order:\n\n{each}" if growth else "It has not grown.\n"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
         f"tags:\n- model-growth\n---\n\n# {name}\n\n"
-        f"{describe(config)}, context {config.seq_len:,}.\n\n{history} "
-        f"How it grew, in order, each time without a change of its function:\n\n{grown}"
+        f"{describe(config)}, context {config.seq_len:,}.\n\n{history} {grown}"
     )
 
 
-def shown(how: Growth) -> str:
-    """An operator with what it was told, but for the limits that it kept within."""
-    told = {name: value for name, value in asdict(how).items() if not name.startswith("max_")}
-    return f"{type(how).__name__}({', '.join(f'{name}={value}' for name, value in told.items())})"
+def told(how: Growth) -> str:
+    """An operator with its settings, but for the limits that it kept within, and what it did."""
+    settings = [f"{name}={value}" for name, value in asdict(how).items() if name[:4] != "max_"]
+    did = "the function was kept" if how.exact else "the function changed"
+    return f"`{type(how).__name__}({', '.join(settings)})`: {did}"
 
 
 def describe(config: ModelConfig) -> str:
@@ -130,11 +136,9 @@ def import_(model: str, checkpoint: Path, /, overwrite: bool = False) -> None:
     found = find(model)
     tokenizer, eos = tokens.load(model, 0, lambda: iter(()))
     state = found.state()
-    coef = found.balance_coef
-    save(
-        checkpoint,
-        Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, balance_coef=coef),
-    )
+    told = {"balance_coef": found.balance_coef, "init_from": pretrained.title(model)}
+    with writing(checkpoint):
+        save(checkpoint, Checkpoint(state.config, state.weights, tokenizer.to_str(), eos, **told))
     print(f"{checkpoint}: {describe(state.config)}, context {state.config.seq_len:,}")
 
 
@@ -165,7 +169,7 @@ def grow(
         deepen: More layers.
         top_k: Experts that each token visits.
         noise: On the copies of widening, relative to each weight's standard deviation.
-        where: New layers between the old ones, or at the end.
+        where: New layers between the old ones, or all after them or in their middle.
         text: Compare on the beginning of this file instead of on random tokens.
         seed: Of routers, noise and random tokens.
         overwrite: Replace a model that is there.
@@ -195,11 +199,11 @@ def grow(
             except GrowthError as error:
                 raise RunStopped(f"{error}; nothing is written") from error
             print(f"{type(how).__name__} kept the function: {drift}")
-        size = save_grown(part, folder.name, found, state, hows)
+        size = save_grown(part, folder.resolve().name, found, state, hows)
     seconds, memory = time.perf_counter() - began, peak_resident_gb()
     peak = "" if memory is None else f", peak memory {memory:.2f} GB"
     print(
-        f"{folder}: {describe(config)}, {size / 1e9:.2f} GB of {dtype_name(dtype)} weights, "
+        f"{folder}: {describe(config)}, {size / 1e9:.3g} GB of {dtype_name(dtype)} weights, "
         f"in {seconds:.1f} s{peak}"
     )
 
@@ -228,8 +232,8 @@ def save_grown(part: Path, name: str, found: Pretrained, state: State, hows: lis
     for beside in pretrained.TOKENIZER:
         if (path := fetch(found.name, beside)) is not None:
             shutil.copyfile(path, part / beside)
-    origin = Path(found.name).name if tokens.is_path(found.name) else found.name
-    text = card(name, state.config, f"Grown from `{origin}` and not trained since.", hows)
+    began = f"Began as `{pretrained.title(found.name)}` and was not trained since."
+    text = card(name, state.config, began, hows)
     (part / "README.md").write_text(text, encoding="utf-8")
     return save_weights(part, llama.to_theirs(state.config, state.weights))
 

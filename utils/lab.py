@@ -13,6 +13,7 @@ from utils.device import device_name, training_dtype
 from utils.generate import Sampling, stories
 from utils.history import History
 from utils.output import versions
+from utils.pretrained import title
 from utils.resume import Keeper
 from utils.schedule import Stage, flops_per_token
 from utils.sketch import Sketch
@@ -102,5 +103,6 @@ def save_model(state: State, stage: Stage, lab: Lab, name: str, trained: bool) -
         tokens=stage.first_token + stage.tokens * trained,
         seed=lab.run.seed,
         balance_coef=lab.run.training.balance_coef,
+        init_from=title(lab.run.init_from),
     )
     save(lab.run.out / name, checkpoint)

@@ -56,8 +56,7 @@ def since_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_since_growth(axes: "Axes", phases: list[Stretch], unit: str) -> None:
-    headline(axes, "Validation loss since the growth")
-    axes.set_ylabel("nats")
+    headline(axes, "Validation loss since the growth, in nats")
     axes.axhline(0, color="black", linewidth=0.8)
     for phase in phases:
         at, above = since_growth(phase)

@@ -15,7 +15,7 @@ from utils.along import along, set_axis, stretches
 from utils.cli import run_command
 from utils.comparison import draw_comparison
 from utils.curves import BAD, draw_losses, outcome
-from utils.files import whole_file
+from utils.files import whole_file, writing
 from utils.history import HISTORY, PLOT, read, select
 from utils.panels import panels
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # matplotlib is slow to import: a run pays for it when it dra
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, LEFT, RIGHT, BOTTOM, LOSSES, GAP = 9, 0.65, 0.3, 0.5, 3.64, 0.48
+WIDTH, LEFT, RIGHT, BOTTOM, LOSSES, GAP = 9, 0.68, 0.3, 0.5, 3.64, 0.48
 """Inches: of the picture, its margins, the losses' axes, and between them and what lies under."""
 
 
@@ -34,6 +34,8 @@ def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") ->
     It is there whole or stays as it was.
 
     Args:
+        folders: What runs were told to write to (--out of train.py).
+        out: The picture; its name's end says of what kind: .png, .pdf, .svg, ...
         x: What the runs are drawn along: tokens, flops or hours.
     """
     require(len(folders) > 0, "name the folder of at least one run")
@@ -48,7 +50,7 @@ def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") ->
     kinds = sorted(drawing.canvas.get_supported_filetypes())
     require(kind in kinds, f"{target}: the name must end in one of {', '.join(kinds)}")
     require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")
-    with whole_file(target) as file:
+    with writing(target), whole_file(target) as file:
         drawing.savefig(file, format=kind, dpi=160)
     return target
 
@@ -103,7 +105,7 @@ def stacked(drawing: "Figure", heights: Sequence[float], top: float) -> "list[Ax
         size = (WIDTH - LEFT - RIGHT) / WIDTH, own / height
         found.append(drawing.add_axes((LEFT / WIDTH, above / height, *size)))
         found[-1].spines[["top", "right"]].set_visible(False)
-        found[-1].yaxis.set_label_coords(-0.052, 0.5)
+        found[-1].yaxis.set_label_coords(-0.057, 0.5)
         above -= GAP
     return found
 
@@ -111,4 +113,5 @@ def stacked(drawing: "Figure", heights: Sequence[float], top: float) -> "list[Ax
 if __name__ == "__main__":
     import tyro
 
-    run_command(lambda: print(tyro.cli(plot, config=(tyro.conf.PositionalRequiredArgs,))))
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    run_command(lambda: print(tyro.cli(plot, prog="python -m utils.plot", config=positional)))

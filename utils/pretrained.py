@@ -17,7 +17,7 @@ from torch import Tensor
 from config import InputError, ModelConfig, TrainingConfig, require
 from transfer import State
 from utils import hub, llama, tokens
-from utils.files import whole_folder
+from utils.files import whole_folder, writing
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = (
@@ -91,6 +91,11 @@ def find(name: str) -> Pretrained:
         raise InputError(f"{name}: {CONFIG}: {error}") from None
     files, dtype = survey(name, config)
     return Pretrained(name, said, config, files, dtype)
+
+
+def title(name: str) -> str:
+    """What a model is called elsewhere: its name on the hub, or that of its folder alone."""
+    return Path(name).expanduser().resolve().name if name and tokens.is_path(name) else name
 
 
 def fetch(name: str, part: str) -> Path | None:
@@ -168,10 +173,13 @@ def save_weights(folder: Path, tensors: dict[str, Tensor], limit: int = SHARD) -
         size = sum(tensor.nbytes for tensor in tensors.values())
         save_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": placed})
     for name, shard in zip(names, shards, strict=True):
+        (folder / name).touch()
+        usual = (folder / name).stat().st_mode
         try:
             save_file(shard, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        (folder / name).chmod(usual)  # of its own it lets nobody else read what it writes
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -187,11 +195,9 @@ def new_folder(folder: Path, overwrite: bool, size: int) -> Iterator[Path]:
         require(overwrite, f"{folder} is there already: --overwrite replaces it")
         model = folder.is_dir() and ((folder / CONFIG).is_file() or not any(folder.iterdir()))
         require(model, f"{folder} is no model's folder (it has no {CONFIG}): it is left as it is")
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(folder.resolve().parent).free
         require(free > size, f"{folder}: {size / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free")
         with whole_folder(folder) as part:
             yield part
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror or error})") from error

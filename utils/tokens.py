@@ -37,8 +37,7 @@ def identity(name: str, vocab_size: int) -> list:
     try:
         if not is_path(name):
             return ["hub", name, hub.REVISIONS.get(name)]
-        file = Path(name).expanduser() / "tokenizer.json"
-        require(file.is_file(), f"data.tokenizer = {name}: no such folder with a tokenizer.json")
+        file = vocabulary(name)
         return ["folder", *(digest(file.with_name(part)) for part in PARTS)]
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
         raise InputError(f"data.tokenizer = {name}: cannot be read ({error})") from error
@@ -58,12 +57,19 @@ def load(name: str, vocab_size: int, text: Callable[[], Iterator[str]]) -> tuple
     """The tokenizer and its end-of-text token. `text` is what a learned one learns from."""
     if name == "learned":
         return learn(text(), vocab_size or LEARNED_SIZE), 0  # special tokens come first
-    path = find(name, "tokenizer.json")
+    path = vocabulary(name)
     with intact(name, path):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer, end_of_text(name, tokenizer)
+
+
+def vocabulary(name: str) -> Path:
+    """Its tokenizer.json. Raises InputError for a folder that has none."""
+    path = find(name, "tokenizer.json")
+    require(path.is_file(), f"data.tokenizer = {name}: no such folder with a tokenizer.json")
+    return path
 
 
 def find(name: str, part: str) -> Path:
