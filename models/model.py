@@ -79,12 +79,18 @@ class Output:
     @cached_property
     def logits(self) -> Tensor:
         """(B, T, V), made when first asked for."""
-        return F.linear(self.hidden_BTD, self.head_VD[: self.vocab_size])
+        return F.linear(self.hidden_BTD, self.unpadded)
 
     def logits_at(self, places: list[int]) -> Tensor:
         """(B, V): those of one place in each row, without making all others."""
         hidden_BD = self.hidden_BTD[range(len(places)), places]
-        return F.linear(hidden_BD, self.head_VD[: self.vocab_size])
+        return F.linear(hidden_BD, self.unpadded)
+
+    @property
+    def unpadded(self) -> Tensor:
+        """The head (V, D). A slice would cost a gradient of zeros for what it leaves out."""
+        padded = len(self.head_VD) > self.vocab_size
+        return self.head_VD[: self.vocab_size] if padded else self.head_VD
 
     @property
     def balance_loss(self) -> Tensor:

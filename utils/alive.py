@@ -41,7 +41,8 @@ def twin_rows(config: ModelConfig, growth: Sequence[Growth]) -> dict[str, Tile]:
 def weights_alive(rows: dict[str, Tile], weights: dict[str, Tensor]) -> dict[str, float]:
     """`twin_distance`: of copied output units from their originals, relative, a mean over matrices.
     `expert_divergence`: root mean square distance of two experts relative to their size, a mean
-    over matrices; 0 where they are alike, 1.41 where they have nothing in common."""
+    over matrices; 0 where they are alike, 1.41 where they have nothing in common, as in a block
+    that depth has just added."""
     twins = [twin_distance(row, weights[name].float()) for name, row in rows.items()]
     found = {"twin_distance": [distance for distance in twins if distance is not None]}
     found["expert_divergence"] = [

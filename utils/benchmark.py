@@ -18,6 +18,7 @@ from models import SLM, fused
 from train import batches, stepper
 from transfer import State
 from utils.cli import flags, run_command
+from utils.cpu import keep_freed_memory
 from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
 from utils.measured import Measured, Row
 from utils.occasions import time_growth, time_startup, time_tokens
@@ -255,6 +256,7 @@ def installed(package: str) -> str | None:
 
 
 def main(options: Benchmark) -> None:
+    keep_freed_memory()
     bench = Bench.of(options)
     rivals = peers(options.peer, options.peer_compile)
     found = bench.stages() if options.steps or rivals else []

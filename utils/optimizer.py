@@ -93,11 +93,18 @@ class Plain:
             group["lr"] = lr * group["pace"]
 
     def step(self) -> Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        # The fused kernel leaves everything as it is where this is 1, so no host has to look first;
-        # that for MPS does not.
-        self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
-        if norm.device.type != "mps" or norm.isfinite():
+        norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        over = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
+        # The fused kernel divides by the one, and leaves everything as it is where the other is 1,
+        # so that no host has to look first and no pass be made; that for MPS does neither.
+        if norm.device.type != "mps":
+            self.adamw.grad_scale = over.float()  # pyright: ignore
+            self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
+            self.adamw.step()
+        elif norm.isfinite():
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.div_(over)
             self.adamw.step()
         self.adamw.zero_grad()
         return norm
@@ -111,3 +118,9 @@ class Plain:
             if weight in self.adamw.state:
                 state.adam[name] = self.adamw.state[weight]
         return state
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """Euclidean, of all together: by rows first, since torch sums up a whole tensor on one core."""
+    rows = [torch.linalg.vector_norm(grad.reshape(-1, grad.shape[-1]), dim=-1) for grad in grads]
+    return torch.linalg.vector_norm(torch.cat(rows))
