@@ -45,6 +45,19 @@ class View(NamedTuple):
     chosen_BLTC: Tensor
     """Experts of each token in each mixture-of-experts layer, ascending."""
 
+    @classmethod
+    def of_one(cls, logits_1TV: Tensor, window: Tensor, chosen: list[Tensor]) -> "View":
+        """Of one window (1, T + 1); `chosen` (T, C) of each layer, in any order."""
+        loss_T = F.cross_entropy(logits_1TV[0], window[0, 1:], reduction="none")
+        layers = [chosen_TC.sort(-1).values for chosen_TC in chosen]
+        nothing = window.new_empty(0, window.shape[1] - 1, 0)
+        chosen_LTC = torch.stack(layers) if layers else nothing
+        return cls(logits_1TV.cpu(), loss_T[None], chosen_LTC[None])
+
+    @classmethod
+    def of_all(cls, views: list["View"]) -> "View":
+        return cls(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
@@ -91,18 +104,13 @@ def raised(model: SLM) -> Iterator[None]:
 def look(model: SLM, probe_BS: Tensor) -> View:
     """What `model` makes of windows (B, T + 1), one window at a time to spare memory."""
     with exact_matmul(), raised(model), torch.autocast(probe_BS.device.type, enabled=False):
-        views = [look_at_one(model, window) for window in probe_BS.split(1)]
-    return View(*(torch.cat(parts) for parts in zip(*views, strict=True)))
+        return View.of_all([look_at_one(model, window) for window in probe_BS.split(1)])
 
 
 def look_at_one(model: SLM, window: Tensor) -> View:
     """What `model` makes of one window (1, T + 1)."""
     out = model(window[:, :-1])
-    loss_T = F.cross_entropy(out.logits[0], window[0, 1:], reduction="none")
-    chosen = [layer.chosen_NC.sort(-1).values for layer in out.routing]
-    nothing = window.new_empty(0, window.shape[1] - 1, 0)
-    logits_BTV = out.logits.cpu()
-    return View(logits_BTV, loss_T[None], (torch.stack(chosen) if chosen else nothing)[None])
+    return View.of_one(out.logits, window, [layer.chosen_NC for layer in out.routing])
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,10 @@ class Drift:
     load_min: float | None = None
     """Smallest share of the choices that an expert gets on the probe; 1 / experts is fair."""
     load_max: float | None = None
+
+    @property
+    def flips_allowed(self) -> float:
+        return max(1, FLIPS_ALLOWED * self.probe_tokens)
 
     def __str__(self) -> str:
         starved = "; an expert gets no token of the probe" if self.load_min == 0 else ""
@@ -254,9 +266,7 @@ def grow(
 
     compared = compare(before, after, block_map(plan), how.exact)
     drift = replace(compared, **structure.summary())
-    if config.num_experts:
-        load = loads(after, config.num_experts)
-        drift = replace(drift, load_min=load.min().item(), load_max=load.max().item())
+    drift = with_loads(drift, after, config.num_experts)
     if broken := broken_laws(drift, how):
         worst = f"the weight furthest from its source is {structure.worst()[0]}"
         raise GrowthError(
@@ -272,8 +282,7 @@ def broken_laws(drift: Drift, how: Growth) -> list[str]:
         "the loss moved by {:.3g}": (abs(drift.loss_drift), how.limits.loss),
     }
     if how.exact:
-        allowed = max(1, FLIPS_ALLOWED * drift.probe_tokens)
-        limits["the routing of {:.0f} probe tokens changed"] = (drift.flipped, allowed)
+        limits["the routing of {:.0f} probe tokens changed"] = (drift.flipped, drift.flips_allowed)
     if drift.structure_error is not None:
         what = "weights are off their copies by a relative {:.3g}"
         limits[what] = (drift.structure_error, STRUCTURE_ALLOWED)
@@ -297,6 +306,14 @@ def block_map(plan: Plan) -> list[int | None]:
         int(row.source.split(".")[1]) if isinstance(row, Tile) and not row.forked else None
         for row in rows
     ]
+
+
+def with_loads(drift: Drift, after: View, num_experts: int) -> Drift:
+    """Says how unevenly the experts are used, where there are any."""
+    if not num_experts:
+        return drift
+    load_LE = loads(after, num_experts)
+    return replace(drift, load_min=load_LE.min().item(), load_max=load_LE.max().item())
 
 
 def loads(view: View, num_experts: int) -> Tensor:

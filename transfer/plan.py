@@ -98,7 +98,7 @@ class Tile(NamedTuple):
             copies = new.unflatten(-1, (inputs, -1)).unbind(-2)
             for weights in contrasts(inputs):
                 drawn = torch.empty_like(copies[0]).normal_(generator=generator).mul_(std)
-                for copy, weight in zip(copies, weights, strict=False):
+                for copy, weight in zip(copies[: len(weights)], weights, strict=True):
                     copy.add_(drawn, alpha=weight)
         return new
 

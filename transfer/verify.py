@@ -1,6 +1,5 @@
 """Is one model the function that another is? For models in hand, without the plan between them."""
 
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from config import Deepen, ModelConfig, require
 from models import SLM
-from transfer.drift import Drift, GrowthError, View, broken_laws, compare, loads, look
+from transfer.drift import Drift, GrowthError, View, broken_laws, compare, look, with_loads
 
 
 def verify(
@@ -32,10 +31,7 @@ def verify(
     same_experts = before.config.num_experts == after.config.num_experts
     if not (same_experts and before.config.top_k == after.config.top_k):
         old = old._replace(chosen_BLTC=old.chosen_BLTC[:, :0])  # no choice of one is the other's
-    drift = compare(old, new, block_match(old, new))
-    if after.config.num_experts:
-        load_LE = loads(new, after.config.num_experts)
-        drift = replace(drift, load_min=load_LE.min().item(), load_max=load_LE.max().item())
+    drift = with_loads(compare(old, new, block_match(old, new)), new, after.config.num_experts)
     # Growing by nothing is held to these limits and to no law of its own.
     limits = Deepen(0, max_logit_drift=max_logit_drift, max_loss_drift=max_loss_drift)
     if broken := broken_laws(drift, limits):

@@ -1,6 +1,6 @@
 """Is the capacity that growth added in use? Measured on weights and routing, at each evaluation."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ def twin_rows(config: ModelConfig, growth: Sequence[Growth]) -> dict[str, Tile]:
     """The matrices whose outputs the last widening of a model that began as `config` copied, by
     their name after all of `growth`; what is new since then has no twins."""
     rows: dict[str, Tile] = {}
-    repeat = partial(tile)
+    repeat: Callable[[str], Tile] = tile
     for how in growth:
         config, plan = plan_for(config, how)
         if isinstance(how, Widen) and how.factor > 1:

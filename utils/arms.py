@@ -4,7 +4,7 @@ from math import isnan, nan
 from statistics import mean
 
 from utils.header import table
-from utils.history import select
+from utils.history import above_growth, select
 
 Histories = dict[str, list[list[dict]]]
 """By arm, a history for each seed."""
@@ -40,11 +40,8 @@ def settling(histories: Histories) -> list[tuple[str, ...]]:
     above: dict[str, dict[int, list[float]]] = {}
     for arm, runs in histories.items():
         for run in runs:
-            before = select(run, "grow")[-1]["valid_loss_fp32"]
-            for event in select(run, "eval"):
-                if (loss := event.get("valid_loss_fp32")) is not None:
-                    of_arm = above.setdefault(arm, {})
-                    of_arm.setdefault(event["step"], []).append(loss - before)
+            for step, loss in above_growth(run, select(run, "grow")[-1]).items():
+                above.setdefault(arm, {}).setdefault(step, []).append(loss)
     steps = sorted({step for of_arm in above.values() for step in of_arm})
     rows = [("above the loss before, after", *(f"{step} steps" for step in steps))]
     for arm, of_arm in above.items():

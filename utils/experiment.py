@@ -20,6 +20,7 @@ from config import (
     AtGrowth,
     Phase,
     Run,
+    Scaling,
     TrainingConfig,
     Where,
     full,
@@ -83,7 +84,7 @@ EXPERIMENTS = {
         {},
     ),
     "optimizer": Arms("wide", {}, {how: {"at_growth": how} for how in get_args(AtGrowth)}),
-    "lr": Arms("wide", {}, {how: {"lr_scaling": how} for how in ("same", "width")}),
+    "lr": Arms("wide", {}, {how: {"lr_scaling": how} for how in get_args(Scaling)}),
 }
 
 
@@ -116,13 +117,13 @@ class Experiment:
             self.grows in schedule,
             f"phase = {self.grows} is not in the schedule ({', '.join(schedule)})",
         )
-        first = schedule[self.grows].grow
-        require(first is not None, f"phase = {self.grows} does not grow")
-        known = asdict(first).keys() if first is not None else ()
+        how = schedule[self.grows].grow
+        require(how is not None, f"phase = {self.grows} does not grow")
+        fields = asdict(how).keys() if how is not None else ()
         for changes in EXPERIMENTS[self.name].growth.values():
             require(
-                changes.keys() <= set(known),
-                f"phase = {self.grows} grows by {type(first).__name__}, which has no "
+                changes.keys() <= set(fields),
+                f"phase = {self.grows} grows by {type(how).__name__}, which has no "
                 f"{', '.join(changes)}",
             )
 
@@ -199,7 +200,8 @@ def train_arm(run: Run, state: State, corpus: Corpus, device: torch.device) -> l
     path, config = run.out / HISTORY, json.loads(json.dumps(asdict(run), default=os.fspath))
     if path.exists() and is_finished(run.out) and read(path)[0]["config"] == config:
         return read(path)
-    found, stage = stages(run), stages(run)[-1]
+    found = stages(run)
+    stage = found[-1]
     assert stage.phase.grow is not None, "the experiment has checked it"
     with claimed(run.out), within_memory(stage, run.training.micro_batch_size):
         path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from models import fused
 from utils.capture import wants_capture
 from utils.data import Corpus
 from utils.device import device_name, training_dtype
+from utils.history import above_growth
 from utils.schedule import Stage, stage_memory_gb
 from utils.units import duration, short
 
@@ -131,12 +132,8 @@ def phase_row(event: dict) -> tuple[str, ...]:
 
 def then(grow: dict, events: list[dict]) -> str:
     """How far the held-out loss, in float32, was above what it had been, after so many steps."""
-    before = grow.get("valid_loss_fp32")
-    later = [e for e in events if e["event"] == "eval" and e["phase"] == grow["phase"]]
     return ", ".join(
-        f"{e['valid_loss_fp32'] - before:+.3f} at {e['step']}"
-        for e in later
-        if before is not None and "valid_loss_fp32" in e
+        f"{above:+.3f} at {step}" for step, above in above_growth(events, grow).items()
     )
 
 

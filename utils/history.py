@@ -79,6 +79,15 @@ def select(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
 
+def above_growth(events: list[dict], grow: dict) -> dict[int, float]:
+    """By step of the phase that began with `grow`: how far the held-out loss, in float32, was above
+    what it had been before, where both are known."""
+    before = grow.get("valid_loss_fp32")
+    evals = [event for event in select(events, "eval") if event.get("phase") == grow.get("phase")]
+    known = [event for event in evals if before is not None and "valid_loss_fp32" in event]
+    return {event["step"]: event["valid_loss_fp32"] - before for event in known}
+
+
 def header(events: list[dict]) -> dict:
     """What the run said of itself; empty if its record does not begin with it."""
     return next(iter(select(events, "run")), {})

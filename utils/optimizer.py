@@ -93,7 +93,8 @@ class Plain:
             group["lr"] = lr * group["pace"]
 
     def step(self) -> Tensor:
-        norm = total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = total_norm(grads)
         over = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
         # The fused kernel divides by the one, and leaves everything as it is where the other is 1,
         # so that no host has to look first and no pass be made; that for MPS does neither.
@@ -102,9 +103,8 @@ class Plain:
             self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
             self.adamw.step()
         elif norm.isfinite():
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad.div_(over)
+            for grad in grads:
+                grad.div_(over)
             self.adamw.step()
         self.adamw.zero_grad()
         return norm

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from utils.alive import STARVING
 from utils.along import Stretch, curve, text
 from utils.curves import BAD, GOOD, note_size, signed
 from utils.history import select
@@ -16,8 +17,6 @@ from utils.history import select
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-IDLE = 0.1
-"""Of an even share of a layer's choices: an expert that gets less is hardly used."""
 APART = {
     "twin_distance": ("twins", "#009E73", "s"),
     "expert_divergence": ("experts", "#CC79A7", "o"),
@@ -134,7 +133,7 @@ def draw_scale(axes: "Axes") -> None:
 
 def usage(load: np.ndarray) -> str:
     """How evenly the experts are used."""
-    idle = int((load < IDLE).sum())
+    idle = int((load < STARVING).sum())
     if idle:
         return f"{idle} of {load.size} are idle"
     return f"all used, the least {load.min():.2f} and the most {load.max():.2f} of an even share"

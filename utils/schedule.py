@@ -69,6 +69,7 @@ def stages(run: Run) -> list[Stage]:
     """Raises InputError, naming the phase, where a growth or a batch does not fit its model."""
     # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
     config = replace(run.model, vocab_size=run.model.vocab_size or 1)
+    phases = list(run.schedule.values())
     steps, tokens, growth, found = 0, 0, (), []
     for number, (name, phase) in enumerate(run.schedule.items(), 1):
         try:
@@ -78,8 +79,8 @@ def stages(run: Run) -> list[Stage]:
             check_micro_batch(phase, run.training.micro_batch_size)
         except InputError as error:
             raise InputError(f"phase {number} ({name}): {error}") from None
-        later = [other for other in list(run.schedule.values())[number:] if other.steps]
-        end = lr_end(phase, later[0] if later else None, run.training)
+        after = next((later for later in phases[number:] if later.steps), None)
+        end = lr_end(phase, after, run.training)
         found.append(Stage(number, name, phase, config, steps, tokens, end, growth))
         steps, tokens = steps + phase.steps, tokens + found[-1].tokens
     check_files(found)
