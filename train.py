@@ -44,11 +44,11 @@ from utils.tracker import tracker
 
 def main(run: Run) -> None:
     device = choose_device(run.device)
-    fused.enabled = run.training.fused
     keep_freed_memory()
     origin = Origin.of(run)
     run = origin.run
     found = stages(run)  # every phase is checked before any work
+    fused.enabled = run.training.fused and all(fused.serves(stage.config) for stage in found)
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:
         check_folder(run, files)

@@ -136,7 +136,8 @@ class SLM(nn.Module):
         place_BT, pasts = None, [None] * config.n_layers
         if cache is not None:
             place_BT, pasts = cache.extend(length)
-        x_BTD, rotation = self.embedded(tokens_BT, place_BT)
+        x_BTD, table_VD = self.looked_up(tokens_BT)
+        x_BTD, rotation = self.placed(x_BTD, place_BT)
         delta_BTD, routing = None, []
         for block, past in zip(self.blocks, pasts, strict=True):
             x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation, past)
@@ -145,15 +146,24 @@ class SLM(nn.Module):
         _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
         if config.logit_scale != 1:
             x_BTD = x_BTD * config.logit_scale
-        head = self.embed if config.tied else self.head
-        return Output(x_BTD, head.weight, config.vocab_size, tuple(routing))
+        head_VD = table_VD if config.tied else self.head.weight
+        return Output(x_BTD, head_VD, config.vocab_size, tuple(routing))
 
-    def embedded(
-        self, tokens_BT: Tensor, place_BT: Tensor | None
+    def looked_up(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens' embeddings (B, T, D), and the table they are from."""
+        table_VD = self.embed.weight
+        if fuses(table_VD):
+            from models.fused.embed import Embed
+
+            return Embed.apply(tokens_BT, table_VD)
+        return self.embed(tokens_BT).to(self.norm.weight.dtype), table_VD
+
+    def placed(
+        self, x_BTD: Tensor, place_BT: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The tokens' embeddings (B, T, D), with their positions added or beside their rotary
-        angles. They stand where `place_BT` says, or from 0 on."""
-        x_BTD, length = self.embed(tokens_BT).to(self.norm.weight.dtype), tokens_BT.shape[1]
+        """Embeddings (B, T, D), with their positions added or beside their rotary angles. They
+        stand where `place_BT` says, or from 0 on."""
+        length = x_BTD.shape[1]
         if self.config.position == "learned":
             table = self.position.weight
             return x_BTD + (table[:length] if place_BT is None else table[place_BT]), None

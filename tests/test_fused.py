@@ -124,6 +124,50 @@ def test_experts_give_what_the_plain_layer_gives_in_float32(name, batch, length,
         assert off(slope, right, 1e-3 * exact[0].norm()) < 0.02
 
 
+@pytest.mark.parametrize("rows", [1, 130, 2600])
+@pytest.mark.parametrize("width, inner", [(48, 40), (136, 264)])
+def test_products_of_sorted_rows_are_those_with_each_experts_own_weights(rows, width, inner):
+    """Experts without rows among them, and the last block of a size of its own."""
+    from models.fused.products import gate_up, grouped, grouped_weights
+
+    generator = torch.Generator(CUDA).manual_seed(rows)
+    randn = partial(torch.randn, device=CUDA, generator=generator)
+    shares = torch.tensor([0.0, 0.5, 0.1, 0.0, 0.4])
+    ends = (shares.cumsum(0) * rows).round().int()
+    runs = list(zip([0, *ends.tolist()], ends.tolist(), strict=False))
+    x, h = randn(rows, width).to(BF16), randn(rows, inner).to(BF16)
+    packed, down = randn(5, 2 * inner, width).to(BF16), randn(5, width, inner).to(BF16)
+    weight, ends = randn(rows).abs(), ends.to(CUDA)
+
+    def each(a, b):
+        return torch.cat([a[i:j].float() @ b[e].float() for e, (i, j) in enumerate(runs)])
+
+    both, activated = gate_up(x, packed, weight, ends)
+    gate, up = each(x, packed.mT).chunk(2, -1)
+    assert off(both, torch.cat([gate, up], -1)) < 0.01
+    assert off(activated, F.silu(gate) * up * weight[:, None]) < 0.01
+    assert off(grouped(h, down, ends, turned=True), each(h, down.mT)) < 0.01
+    assert off(grouped(x, down, ends), each(x, down)) < 0.01
+    slopes = torch.stack([x[i:j].float().T @ h[i:j].float() for i, j in runs])
+    assert off(grouped_weights(x, h, ends), slopes) < 0.01
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradients_of_a_token_meet_in_its_row_of_the_table(tied):
+    from models.fused.embed import Embed
+
+    torch.manual_seed(0)
+    tokens = torch.randint(7, (3, 50), device=CUDA)
+    table = torch.randn(11, 48, device=CUDA, dtype=BF16, requires_grad=True)
+    x, head = Embed.apply(tokens, table)
+    assert torch.equal(x, table.detach()[tokens].float())
+    slope, of_head = torch.randn_like(x), torch.randn_like(head)
+    outputs = ((x, head), (slope, of_head.clone())) if tied else ((x,), (slope,))
+    (got,) = torch.autograd.grad(outputs[0], table, outputs[1])
+    want = of_head.float() if tied else torch.zeros_like(head, dtype=torch.float32)
+    assert off(got, want.index_add(0, tokens.flatten(), slope.flatten(0, 1))) < 0.01
+
+
 @pytest.mark.parametrize("vocab", [5, 97, 4096, 4097, 50_257])
 @pytest.mark.parametrize("rows", [1, 130])
 def test_the_heads_loss_and_gradients_are_those_of_cross_entropy(vocab, rows):

@@ -31,6 +31,7 @@ from train import grown, run_phase, train
 from transfer import State
 from utils.arms import report
 from utils.cli import flags, run_command
+from utils.cpu import keep_freed_memory
 from utils.data import Corpus, check_length, prepare
 from utils.device import choose_device, reset_peak_memory
 from utils.history import HISTORY, History, read
@@ -225,7 +226,8 @@ def first_state(run: Run, device: torch.device) -> State:
 def main(options: Experiment) -> None:
     run = options.run
     device = choose_device(run.device)
-    fused.enabled = run.training.fused
+    fused.enabled = run.training.fused and all(fused.serves(s.config) for s in stages(run))
+    keep_freed_memory()
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)
     model = replace(run.model, vocab_size=run.model.vocab_size or corpus.vocab_size)

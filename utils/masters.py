@@ -64,8 +64,9 @@ class Masters:
         clip = torch.where(finite, clip, -1.0)
         self.steps += finite
         betas = self.settings.beta1, self.settings.beta2
+        biases = [(1 - beta ** self.steps.double()).float() for beta in betas]
         for table in self.tables:
-            table.step(self.steps, self.own, self.lr, clip, betas)
+            table.step(betas, biases, self.own, self.lr, clip)
         self.model.zero_grad()
         return norm
 

@@ -32,7 +32,8 @@ def check_lean(settings: TrainingConfig, device: torch.device, dtype: torch.dtyp
     able = fused.available(device, dtype)
     require(
         not settings.lean or able,
-        "training.lean = True needs CUDA, Triton, precision bf16 and training.fused",
+        "training.lean = True needs CUDA, Triton, precision bf16, training.fused, and of experts "
+        "model.d_model and model.d_ff in multiples of 8",
     )
     require(
         not settings.lean or find_spec("flashoptim") is not None,

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from config import ModelConfig
+
 enabled = True
 """Whether the kernels are used where they can be, like torch.backends' flags."""
 
@@ -29,3 +31,9 @@ def fuses(x: Tensor) -> bool:
     """Whether the kernels compute this: under autocast to bf16 on CUDA."""
     lowers = x.is_cuda and torch.is_autocast_enabled("cuda")
     return lowers and available(x.device, torch.get_autocast_dtype("cuda"))
+
+
+def serves(config: ModelConfig) -> bool:
+    """Whether they can compute its products: those of experts take rows and columns of whole 16
+    bytes."""
+    return not config.num_experts or config.d_model % 8 == config.d_ff % 8 == 0

@@ -145,15 +145,14 @@ class Table:
 
     def step(
         self,
-        steps: Tensor,
+        betas: tuple[float, float],
+        biases: list[Tensor],
         own: Own,
         lr: Tensor,
         clip: Tensor,
-        betas: tuple[float, float],
     ) -> None:
-        """`steps` by the number of the parameter; gradients are multiplied by `clip`, and
-        everything is left as it was where that is negative."""
-        biases = [(1 - beta ** steps.double()).float() for beta in betas]
+        """`biases`, 1 - beta^steps, by the number of the parameter; gradients are multiplied by
+        `clip`, and everything is left as it was where that is negative."""
         adamw_kernel[(len(self.size),)](
             self.table, self.size, self.owner, *biases, *own, lr, clip, *betas,
             KIND=self.kind, COPY=self.kind == tl.bfloat16, BLOCK=1024, num_warps=8,

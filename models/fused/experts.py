@@ -8,12 +8,12 @@ the order of the experts (`place`). B blocks of ROWS tokens.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.swiglu import swiglu, swiglu_backward
+from models.fused.products import gate_up, grouped, grouped_weights
+from models.fused.swiglu import swiglu_backward
 
 ROWS = 64
 """Tokens that one program routes."""
@@ -265,11 +265,6 @@ def combine(
     return out_ND
 
 
-def grouped(x: Tensor, weight: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows up to ends_E[e] times expert e's weight."""
-    return F.grouped_mm(x, weight, offs=ends_E)
-
-
 class Experts(torch.autograd.Function):
     """x (N, D) bf16, router (E, D) float32, gate and up projections side by side (E, 2F, D), down
     (E, D, F) -> y (N, D), the balance loss, the z-loss, and without gradients the experts chosen
@@ -277,16 +272,15 @@ class Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_ND: Tensor, router_ED: Tensor, gate_up: Tensor, down: Tensor, choices: int
+        ctx, x_ND: Tensor, router_ED: Tensor, packed: Tensor, down: Tensor, choices: int
     ) -> tuple[Tensor, ...]:
         to = route(x_ND, router_ED, choices)
         x_MD = gather(x_ND, to.token_M)
-        gate_up_MF = grouped(x_MD, gate_up.mT, to.ends_E)
         # Weighed here and not after `down`: the weights' gradient then needs no product again.
-        h_MF = swiglu(gate_up_MF, to.weight_M)
-        y_MD = grouped(h_MF, down.mT, to.ends_E)
+        gate_up_MF, h_MF = gate_up(x_MD, packed, to.weight_M, to.ends_E)
+        y_MD = grouped(h_MF, down, to.ends_E, turned=True)
         ctx.save_for_backward(
-            x_ND, router_ED, gate_up, down, x_MD, gate_up_MF, h_MF,
+            x_ND, router_ED, packed, down, x_MD, gate_up_MF, h_MF,
             to.logits_NE, to.chosen_NC, to.weight_NC, to.row_NC, to.token_M, to.weight_M,
             to.ends_E, to.load_E,
         )  # fmt: skip
@@ -297,15 +291,15 @@ class Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ND: Tensor, grad_balance: Tensor, grad_z: Tensor, *_):
         (
-            x_ND, router_ED, gate_up, down, x_MD, gate_up_MF, h_MF,
+            x_ND, router_ED, packed, down, x_MD, gate_up_MF, h_MF,
             logits_NE, chosen_NC, weight_NC, row_NC, token_M, weight_M, ends_E, load_E,
         ) = ctx.saved_tensors  # fmt: skip
         grad_MD = gather(grad_ND.contiguous(), token_M)
-        grad_down = grouped(grad_MD.T, h_MF, ends_E)
+        grad_down = grouped_weights(grad_MD, h_MF, ends_E)
         grad_h_MF = grouped(grad_MD, down, ends_E)
         grad_MF, grad_weight_M = swiglu_backward(grad_h_MF, gate_up_MF, weight_M)
-        grad_gate_up = grouped(grad_MF.T, x_MD, ends_E)
-        grad_x_MD = grouped(grad_MF, gate_up, ends_E)
+        grad_packed = grouped_weights(grad_MF, x_MD, ends_E)
+        grad_x_MD = grouped(grad_MF, packed, ends_E)
 
         slope_NE = torch.empty_like(logits_NE)
         tokens, experts = logits_NE.shape
@@ -316,4 +310,4 @@ class Experts(torch.autograd.Function):
         )  # fmt: skip
         grad_router = (slope_NE.T.to(x_ND.dtype) @ x_ND).to(router_ED.dtype)
         grad_x_ND = combine(grad_x_MD, row_NC, slope_NE, router_ED)
-        return grad_x_ND, grad_router, grad_gate_up, grad_down, None
+        return grad_x_ND, grad_router, grad_packed, grad_down, None

@@ -1,0 +1,73 @@
+"""Embeddings; and the gradient of a table that is the head as well, where what reaches it through
+the tokens is added to what reaches it as the head. Plain: models.model.SLM.looked_up.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from models.fused.experts import gather_kernel
+
+
+@triton.jit
+def claim_kernel(token_ptr, owner_ptr, tokens, BLOCK: tl.constexpr):
+    """One place of each token, whichever comes last, is where its gradients meet."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(owner_ptr + tl.load(token_ptr + at, at < tokens, other=0), at, at < tokens)
+
+
+@triton.jit
+def meet_kernel(grad_ptr, token_ptr, owner_ptr, sum_ptr, width, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    owner = tl.load(owner_ptr + tl.load(token_ptr + place)).to(tl.int64)
+    grad = tl.load(grad_ptr + place * width + cols, mask, other=0.0).to(tl.float32)
+    tl.atomic_add(sum_ptr + owner * width + cols, grad, mask, sem="relaxed")
+
+
+@triton.jit
+def add_kernel(sum_ptr, token_ptr, owner_ptr, table_ptr, width, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + place)
+    if tl.load(owner_ptr + token) == place:
+        cols = tl.arange(0, BLOCK)
+        mask = cols < width
+        to = table_ptr + token * width + cols
+        total = tl.load(to, mask, other=0.0).to(tl.float32)
+        total += tl.load(sum_ptr + place * width + cols, mask, other=0.0)
+        tl.store(to, total.to(table_ptr.dtype.element_ty), mask)
+
+
+class Embed(torch.autograd.Function):
+    """tokens (B, T), table (V, D) -> their rows (B, T, D) in float32, and the table. The gradients
+    of a token that comes more than once are added up in float32, in no fixed order."""
+
+    @staticmethod
+    def forward(ctx, tokens_BT: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
+        width = table_VD.shape[1]
+        tokens_BT = tokens_BT.contiguous()
+        x_BTD = table_VD.new_empty(*tokens_BT.shape, width, dtype=torch.float32)
+        gather_kernel[(tokens_BT.numel(),)](
+            table_VD, tokens_BT, x_BTD, width, BLOCK=triton.next_power_of_2(width)
+        )
+        ctx.save_for_backward(tokens_BT, table_VD)
+        ctx.set_materialize_grads(False)
+        return x_BTD, table_VD.view_as(table_VD)
+
+    @staticmethod
+    def backward(ctx, grad_BTD: Tensor | None, grad_VD: Tensor | None):
+        tokens_BT, table_VD = ctx.saved_tensors
+        if grad_VD is None:
+            grad_VD = torch.zeros_like(table_VD)
+        if grad_BTD is not None:
+            grad_BTD = grad_BTD.contiguous()
+            tokens, width = tokens_BT.numel(), table_VD.shape[1]
+            owner_V = tokens_BT.new_empty(len(table_VD), dtype=torch.int32)
+            sum_ND = torch.zeros_like(grad_BTD, dtype=torch.float32)
+            claim_kernel[(triton.cdiv(tokens, 256),)](tokens_BT, owner_V, tokens, BLOCK=256)
+            block = triton.next_power_of_2(width)
+            meet_kernel[(tokens,)](grad_BTD, tokens_BT, owner_V, sum_ND, width, BLOCK=block)
+            add_kernel[(tokens,)](sum_ND, tokens_BT, owner_V, grad_VD, width, BLOCK=block)
+        return None, grad_VD
