@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from small import MOE, next_token_loss, trained_like, windows
 from torch.autograd import grad
 
-from models import SLM
+from models import SLM, fused
 from models.model import MLP
 from models.moe import MoE, has_grouped_mm
 
@@ -15,6 +15,12 @@ WIDE = replace(MOE, d_model=48, n_heads=6, d_ff=16)
 ODD = replace(MOE, d_model=12, d_ff=10)
 """Rows that it does not take."""
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_the_fused_kernels_are_not_asked_for_experts_of_odd_sizes():
+    odd = replace(WIDE, d_ff=1365)
+    assert fused.serves(WIDE) and not fused.serves(ODD) and not fused.serves(odd)
+    assert fused.serves(replace(odd, num_experts=0))
 
 
 def experts(config, scale=0.5):
