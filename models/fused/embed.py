@@ -68,6 +68,7 @@ class Embed(torch.autograd.Function):
             sum_ND = torch.zeros_like(grad_BTD, dtype=torch.float32)
             claim_kernel[(triton.cdiv(tokens, 256),)](tokens_BT, owner_V, tokens, BLOCK=256)
             block = triton.next_power_of_2(width)
+            # In place: what reaches the table as the head was made for it alone.
             meet_kernel[(tokens,)](grad_BTD, tokens_BT, owner_V, sum_ND, width, BLOCK=block)
             add_kernel[(tokens,)](sum_ND, tokens_BT, owner_V, grad_VD, width, BLOCK=block)
         return None, grad_VD
