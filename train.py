@@ -36,7 +36,7 @@ from utils.output import check_disk, check_folder, claimed, explained, is_finish
 from utils.plot import plot
 from utils.reporter import Reporter, loss_fp32
 from utils.resume import Keeper, Place, forget, identity, resumed
-from utils.schedule import Stage, check_memory, lr_at, stages
+from utils.schedule import Stage, check_memory, lr_at, may_fuse, stages
 from utils.signals import Stopped, held
 from utils.spare import Spare
 from utils.tracker import tracker
@@ -48,7 +48,7 @@ def main(run: Run) -> None:
     origin = Origin.of(run)
     run = origin.run
     found = stages(run)  # every phase is checked before any work
-    fused.enabled = run.training.fused and all(fused.serves(stage.config) for stage in found)
+    fused.enabled = may_fuse(run, found)
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:
         check_folder(run, files)

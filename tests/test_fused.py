@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_products_of_sorted_rows_are_those_with_each_experts_own_weights(rows, w
     randn = partial(torch.randn, device=CUDA, generator=generator)
     shares = torch.tensor([0.0, 0.5, 0.1, 0.0, 0.4])
     ends = (shares.cumsum(0) * rows).round().int()
-    runs = list(zip([0, *ends.tolist()], ends.tolist(), strict=False))
+    runs = list(pairwise([0, *ends.tolist()]))
     x, h = randn(rows, width).to(BF16), randn(rows, inner).to(BF16)
     packed, down = randn(5, 2 * inner, width).to(BF16), randn(5, width, inner).to(BF16)
     weight, ends = randn(rows).abs(), ends.to(CUDA)

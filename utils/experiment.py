@@ -39,7 +39,7 @@ from utils.lab import Lab, record_start
 from utils.optimizer import home
 from utils.output import claimed, is_finished, within_memory
 from utils.resume import Keeper, Place, identity, latest
-from utils.schedule import stages
+from utils.schedule import may_fuse, stages
 
 
 class Arms(NamedTuple):
@@ -226,7 +226,7 @@ def first_state(run: Run, device: torch.device) -> State:
 def main(options: Experiment) -> None:
     run = options.run
     device = choose_device(run.device)
-    fused.enabled = run.training.fused and all(fused.serves(s.config) for s in stages(run))
+    fused.enabled = may_fuse(run, stages(run))
     keep_freed_memory()
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)

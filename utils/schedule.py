@@ -143,6 +143,11 @@ def with_training(run: Run, **changes: object) -> Run:
     return replace(run, training=replace(run.training, **changes))
 
 
+def may_fuse(run: Run, found: list[Stage]) -> bool:
+    """Whether the fused kernels are wanted and can take every phase's sizes."""
+    return run.training.fused and all(fused.serves(stage.config) for stage in found)
+
+
 def stage_memory_gb(stage: Stage, run: Run, device: torch.device) -> float:
     settings, size = run.training, stage.phase.batch_size
     dtype = training_dtype(run.precision, device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.experts import gather_kernel
+from models.fused.experts import gather
 
 
 @triton.jit
@@ -46,15 +46,11 @@ class Embed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens_BT: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
-        width = table_VD.shape[1]
         tokens_BT = tokens_BT.contiguous()
-        x_BTD = table_VD.new_empty(*tokens_BT.shape, width, dtype=torch.float32)
-        gather_kernel[(tokens_BT.numel(),)](
-            table_VD, tokens_BT, x_BTD, width, BLOCK=triton.next_power_of_2(width)
-        )
+        x_ND = gather(table_VD, tokens_BT.flatten(), torch.float32)
         ctx.save_for_backward(tokens_BT, table_VD)
         ctx.set_materialize_grads(False)
-        return x_BTD, table_VD.view_as(table_VD)
+        return x_ND.view(*tokens_BT.shape, -1), table_VD.view_as(table_VD)
 
     @staticmethod
     def backward(ctx, grad_BTD: Tensor | None, grad_VD: Tensor | None):
@@ -68,7 +64,7 @@ class Embed(torch.autograd.Function):
             sum_ND = torch.zeros_like(grad_BTD, dtype=torch.float32)
             claim_kernel[(triton.cdiv(tokens, 256),)](tokens_BT, owner_V, tokens, BLOCK=256)
             block = triton.next_power_of_2(width)
-            # In place: what reaches the table as the head was made for it alone.
             meet_kernel[(tokens,)](grad_BTD, tokens_BT, owner_V, sum_ND, width, BLOCK=block)
+            # In place: what reaches the table as the head was made for it alone.
             add_kernel[(tokens,)](sum_ND, tokens_BT, owner_V, grad_VD, width, BLOCK=block)
         return None, grad_VD

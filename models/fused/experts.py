@@ -241,9 +241,9 @@ def route(x_ND: Tensor, router_ED: Tensor, choices: int) -> Route:
     return found
 
 
-def gather(x_ND: Tensor, token_M: Tensor) -> Tensor:
-    """(N, D) -> (M, D), the row of each choice's token."""
-    out_MD = x_ND.new_empty(len(token_M), x_ND.shape[1])
+def gather(x_ND: Tensor, token_M: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, D) -> (M, D), the row of each choice's token; in x's own type if none is given."""
+    out_MD = x_ND.new_empty(len(token_M), x_ND.shape[1], dtype=dtype)
     gather_kernel[(len(token_M),)](
         x_ND, token_M, out_MD, x_ND.shape[1], BLOCK=triton.next_power_of_2(x_ND.shape[1])
     )

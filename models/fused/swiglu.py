@@ -7,17 +7,13 @@ from torch import Tensor
 
 
 @triton.jit
-def swiglu_kernel(
-    gate_up_ptr, weight_ptr, out_ptr, width, WEIGHED: tl.constexpr, BLOCK: tl.constexpr
-):
+def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     gate = tl.load(gate_up_ptr + row * 2 * width + cols, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * 2 * width + width + cols, mask, other=0.0).to(tl.float32)
     out = gate * tl.sigmoid(gate) * up
-    if WEIGHED:
-        out *= tl.load(weight_ptr + row)
     tl.store(out_ptr + row * width + cols, out.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -50,14 +46,11 @@ def swiglu_backward_kernel(
         tl.store(grad_weight_ptr + row, tl.sum(along))
 
 
-def swiglu(gate_up_MF: Tensor, weight_M: Tensor | None = None) -> Tensor:
-    """(M, 2F) -> (M, F), each row times its weight (float32) where there are weights."""
+def swiglu(gate_up_MF: Tensor) -> Tensor:
+    """(M, 2F) -> (M, F); with weights of the rows: models.fused.products.gate_up."""
     rows, width = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
     out_MF = gate_up_MF.new_empty(rows, width)
-    swiglu_kernel[(rows,)](
-        gate_up_MF, weight_M, out_MF, width,
-        WEIGHED=weight_M is not None, BLOCK=triton.next_power_of_2(width),
-    )  # fmt: skip
+    swiglu_kernel[(rows,)](gate_up_MF, out_MF, width, BLOCK=triton.next_power_of_2(width))
     return out_MF
 
 
