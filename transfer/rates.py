@@ -4,9 +4,19 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
-from config import Growth
+from torch import Tensor
+
+from config import Growth, TrainingConfig
 from models import axes
 from transfer.growth import copied_axes
+
+
+class Own(NamedTuple):
+    """One parameter's settings of AdamW; its learning rate is `pace` times everyone's."""
+
+    pace: float
+    weight_decay: float
+    eps: float
 
 
 class Rate(NamedTuple):
@@ -15,6 +25,11 @@ class Rate(NamedTuple):
     lr: float = 1.0
     decay: float = 1.0
     eps: float = 1.0
+
+    def own(self, settings: TrainingConfig, weight: Tensor) -> Own:
+        """What has one dimension, the gains, does not decay."""
+        decay = settings.weight_decay * self.decay * (weight.dim() > 1)
+        return Own(self.lr, decay, settings.eps * self.eps)
 
 
 Rates = dict[str, Rate]

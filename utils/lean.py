@@ -3,6 +3,8 @@
 At rest everything is float32, as ever: weights on the GPU, Adam's memory on the CPU.
 """
 
+from dataclasses import replace
+
 import torch
 from flashoptim import FlashAdamW, compute_ecc_bits, reconstruct_fp32_param
 from flashoptim.optimizers import _MaybeQuantizedTensor
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from config import TrainingConfig
 from transfer import Rate, Rates, State
+from transfer.rates import Own
 from utils.masters import working_copy
 
 SCALE = 1024.0
@@ -103,19 +106,14 @@ class Lean:
 
 def groups(leaves: list[Tensor], paces: list[Rate], settings: TrainingConfig) -> list[dict]:
     """What is in float32 stays in float32: a gain near 1 has updates below what 24 bits keep."""
-    found: dict[tuple[Rate, bool, bool], list[Tensor]] = {}
+    scaled = replace(settings, eps=SCALE * settings.eps)
+    found: dict[tuple[Own, bool], list[Tensor]] = {}
     for leaf, rate in zip(leaves, paces, strict=True):
-        key = rate, leaf.dtype == torch.bfloat16, leaf.dim() > 1
+        key = rate.own(scaled, leaf), leaf.dtype == torch.bfloat16
         found.setdefault(key, []).append(leaf)
     return [
-        {
-            "params": params,
-            "pace": rate.lr,
-            "eps": SCALE * settings.eps * rate.eps,
-            "weight_decay": settings.weight_decay * rate.decay * decays,
-            **({} if lowered else {"quantize": False}),
-        }
-        for (rate, lowered, decays), params in found.items()
+        {"params": params, **own._asdict(), **({} if lowered else {"quantize": False})}
+        for (own, lowered), params in found.items()
     ]
 
 

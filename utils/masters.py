@@ -37,16 +37,8 @@ class Masters:
             for dtype in (torch.bfloat16, torch.float32)
         ]
         self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
-        paces = [rates[name] for name in self.parts]
-        decays = [
-            settings.weight_decay * rate.decay * (part.master.dim() > 1)
-            for rate, part in zip(paces, parts, strict=True)
-        ]
-        self.own = Own(
-            pace=torch.tensor([rate.lr for rate in paces], device=device),
-            decay=torch.tensor(decays, device=device),
-            eps=torch.tensor([settings.eps * rate.eps for rate in paces], device=device),
-        )
+        own = [rates[name].own(settings, master) for name, master in state.weights.items()]
+        self.own = Own(*(torch.tensor(each, device=device) for each in zip(*own, strict=True)))
         self.lr = torch.zeros((), device=device)
 
     def set_lr(self, lr: float) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from config import Growth, TrainingConfig, require
 from models import SLM, fused
-from transfer import Rate, Rates, State, rates
+from transfer import Rates, State, rates
+from transfer.rates import Own
 
 
 class Optimizer(Protocol):
@@ -70,19 +71,11 @@ class Plain:
     def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
         self.model, self.grad_clip = state.model(), settings.grad_clip
         named = dict(self.model.named_parameters())
-        groups: dict[tuple[Rate, bool], list[Tensor]] = {}
+        groups: dict[Own, list[Tensor]] = {}
         for name, p in named.items():
-            groups.setdefault((rates[name], p.dim() > 1), []).append(p)
+            groups.setdefault(rates[name].own(settings, p), []).append(p)
         self.adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": params,
-                    "pace": rate.lr,
-                    "eps": settings.eps * rate.eps,
-                    "weight_decay": settings.weight_decay * rate.decay * decays,
-                }
-                for (rate, decays), params in groups.items()
-            ],
+            [{"params": params, **own._asdict()} for own, params in groups.items()],
             betas=(settings.beta1, settings.beta2),
             fused=True,
         )
