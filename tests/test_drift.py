@@ -11,14 +11,13 @@ from transfer import State, carry_out, plan_for
 from transfer.drift import (
     GrowthError,
     Structure,
-    View,
     block_map,
     broken_laws,
     compare,
     grow,
     loads,
-    look,
 )
+from transfer.view import View, look
 
 V, B, T = 7, 4, 256
 EVERY = "logit loss weights"

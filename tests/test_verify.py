@@ -9,8 +9,8 @@ from small import DENSE, LEARNED, MOE, trained_like, windows
 from config import InputError
 from models import SLM
 from transfer import GrowthError, deepen, upcycle, verify, widen
-from transfer.drift import View
 from transfer.verify import block_match
+from transfer.view import View
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from config import Deepen, ModelConfig, require
 from models import SLM
-from transfer.drift import Drift, GrowthError, View, broken_laws, compare, look, with_loads
+from transfer.drift import Drift, GrowthError, broken_laws, compare, with_loads
+from transfer.view import View, look
 
 
 def verify(

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from config import Deepen, Growth, InputError, ModelConfig, Upcycle, Widen, require
 from models import SLM
-from transfer.drift import GrowthError, Structure, block_map, broken_laws, compare, grow, look
+from transfer.drift import GrowthError, Structure, block_map, broken_laws, compare, grow
 from transfer.growth import plan_for
 from transfer.plan import State, Tile, carry_out
+from transfer.view import look
 
 DENSE = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, d_ff=48, seq_len=32)
 GROUPED = replace(DENSE, n_kv_heads=2, tied=False, position="learned")

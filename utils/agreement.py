@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from config import ModelConfig
-from transfer.drift import Drift, View, compare, exact_matmul, look
+from transfer.drift import Drift, compare
+from transfer.view import View, exact_matmul, look
 from utils.checkpoint import Checkpoint
 from utils.errors import RunStopped
 

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from models import SLM, next_token_loss
 from transfer import State
-from transfer.drift import exact_matmul
+from transfer.view import exact_matmul
 from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
 from utils.header import progress
