@@ -51,7 +51,8 @@ class Benchmark:
     batches: tuple[Literal["default"] | int, ...] = ("default", 64)
     """Sequences in a step; default: the phase's own."""
     steps: bool = True
-    """Measure the training step."""
+    """Measure the training step. Without it peers on a CPU have the memory allocator as their users
+    have it, not as train.py sets it."""
     peer: bool = False
     """And that of transformers' Llama or Mixtral: same shapes, in the run's precision over float32
     parameters and in pure bf16."""
@@ -256,7 +257,8 @@ def installed(package: str) -> str | None:
 
 
 def main(options: Benchmark) -> None:
-    keep_freed_memory()
+    if options.steps or options.transitions:
+        keep_freed_memory()
     bench = Bench.of(options)
     rivals = peers(options.peer, options.peer_compile)
     found = bench.stages() if options.steps or rivals else []

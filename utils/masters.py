@@ -38,7 +38,8 @@ class Masters:
         ]
         self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
         own = [rates[name].own(settings, master) for name, master in state.weights.items()]
-        self.own = Own(*(torch.tensor(each, device=device) for each in zip(*own, strict=True)))
+        pace, decay, eps = (torch.tensor(each, device=device) for each in zip(*own, strict=True))
+        self.own = Own(pace, decay, eps)
         self.lr = torch.zeros((), device=device)
 
     def set_lr(self, lr: float) -> None:
