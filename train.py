@@ -166,7 +166,8 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
 
     def keep(place: Place) -> None:
         reporter.meter.check(reporter.where)
-        lab.keeper.keep(place, optimizer.rest())
+        with reporter.meter.paused():
+            lab.keeper.keep(place, optimizer.rest())
 
     with reporter.bar:
         try:

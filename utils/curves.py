@@ -82,12 +82,14 @@ def signed(change: float) -> str:
 
 def loss_limits(runs: Sequence[list[dict]], headroom: float) -> tuple[float, float]:
     """Every loss fits but those of a run's first steps, near log(vocabulary), and of a collapse."""
-    seen = []
+    seen, usual = [], 0.0
     for events in runs:
         curves = [curve(events, kind) for kind in ("step", "eval")]
+        # Of each kind: where a model overfits, the one is far above the other, and no collapse.
+        usual = max(usual, *(float(np.median(losses)) for _, losses in curves if losses.size))
         at, losses = (np.concatenate(both) for both in zip(*curves, strict=True))
         seen.extend(losses[at >= min(stretches(events)[0].end / 4, at.max())])
-    low, high = min(seen), min(max(seen), 3 * float(np.median(seen)))
+    low, high = min(seen), min(max(seen), 3 * usual)
     span = max(high - low, 0.1)
     return low - 0.1 * span, high + headroom * span
 
