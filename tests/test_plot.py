@@ -130,6 +130,16 @@ def test_a_transition_that_hurt_is_seen_whole_and_the_first_steps_do_not_squash_
     assert all(loss < high for loss in losses[1:])
 
 
+def test_the_losses_of_a_model_that_learns_its_text_by_heart_are_seen_as_well():
+    events = record(FULL)
+    for event in events:
+        if "loss" in event:
+            event["loss"] /= 10
+    _, high = figure({"run": events}).axes[0].get_ylim()
+    late = [e["valid_loss"] for e in events if e["event"] == "eval" and e["phase"] > 1]
+    assert high > max(late)
+
+
 @pytest.mark.parametrize("kept", [2, 3, 40, 114, 300])
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_a_run_cut_off_anywhere_is_drawn_and_said_to_be_unfinished(kept, evaluated):

@@ -4,9 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from utils.errors import RunStopped
 from utils.history import read, select
 from utils.lab import PROMPTS
 from utils.optimizer import wake
+from utils.resume import Keeper
 
 SCRIPT = Path(__file__).parent.parent / "transfer" / "verify_growth_mechanics.py"
 MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
@@ -199,6 +202,24 @@ def test_a_phase_cut_in_pieces_is_the_same_training_and_no_steps_hand_the_model_
     _, (one, none, rest) = own(flat, model, **pieces)
     assert equal(rest, whole) and equal(one, none) and one.tokens == none.tokens
     assert not select(events, "grow") and whole.config == model
+
+
+def test_the_time_that_a_resume_point_takes_is_not_training_time(own, monkeypatch):
+    day, late = 86_400.0, [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
+    monkeypatch.setattr("utils.meter.time", clock)
+    keep = Keeper.keep
+
+    def slow(*args):
+        keep(*args)
+        late[0] += day
+
+    monkeypatch.setattr(Keeper, "keep", slow)
+    phase = Phase(steps=3, batch_size=2)
+    events, _ = own(BRIEF, only=phase)
+    tokens = phase.steps * phase.batch_size * MODEL.seq_len
+    assert late[0] >= day
+    assert all(step["tokens_per_s"] > tokens / day for step in select(events, "step"))
 
 
 def test_micro_batches_add_up_to_the_batch(own):
