@@ -41,7 +41,8 @@ def measured(tmp_path_factory):
     text.write_text("Once upon a time there was a cat.\n<|endoftext|>\n" * 500)
     options = Benchmark(
         preset="atom", batches=("default", 2), peer=True, transitions=True, tokenise=text,
-        tokenizer="learned", device="cpu", repeats=1, warm_up=1, json=folder / "found.json",
+        tokenizer="learned", device="cpu", precision="fp32", repeats=1, warm_up=1,
+        json=folder / "found.json",
     )  # fmt: skip
     main(options)
     return json.loads(options.json.read_text())

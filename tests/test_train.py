@@ -58,11 +58,13 @@ def finished(small):
 
 @pytest.fixture
 def own(small, tmp_path):
-    """Carries out a schedule of its own: the history, and each phase's checkpoint."""
+    """Carries out a schedule of its own, in float32 on any CPU: the history, and each phase's
+    checkpoint."""
+    small = replace(small, device="cpu", precision="fp32")
 
     def own(training=BRIEF, model=MODEL, **phases):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run = replace(small, model=model, training=training, phases=phases, out=out, device="cpu")
+        run = replace(small, model=model, training=training, phases=phases, out=out)
         main(run)
         return read(out / HISTORY), [load(out / f"{name}_final.pt") for name in phases]
 
