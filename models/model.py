@@ -4,6 +4,7 @@ Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads
 K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 
@@ -15,7 +16,7 @@ from config import ModelConfig, require
 from models.cache import Cache, Past
 from models.fused import fuses
 from models.moe import MoE, Routing
-from models.precision import lowered, side_by_side
+from models.precision import lowered
 from models.rotary import rotary, rotate
 
 # What each dimension of each parameter is, written "outputs < input". Growth and its tests read
@@ -139,15 +140,26 @@ class SLM(nn.Module):
         x_BTD, table_VD = self.looked_up(tokens_BT)
         x_BTD, rotation = self.placed(x_BTD, place_BT)
         delta_BTD, routing = None, []
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation, past)
-            if layer is not None:
-                routing.append(layer)
-        _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
+        with self.together():
+            for block, past in zip(self.blocks, pasts, strict=True):
+                x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation, past)
+                if layer is not None:
+                    routing.append(layer)
+            _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
         if config.logit_scale != 1:
             x_BTD = x_BTD * config.logit_scale
         head_VD = table_VD if config.tied else self.head.weight
         return Output(x_BTD, head_VD, config.vocab_size, tuple(routing))
+
+    def together(self) -> AbstractContextManager[None]:
+        """In training from a bf16 copy (utils/masters.py) the gradients of all blocks' weights are
+        made together."""
+        is_copy = self.blocks[0].attn.packed is not None
+        if is_copy and torch.is_grad_enabled() and fuses(self.embed.weight):
+            from models.fused.late import together
+
+            return together(self)
+        return nullcontext()
 
     def looked_up(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens' embeddings (B, T, D), and the table they are from."""
@@ -177,9 +189,9 @@ class SLM(nn.Module):
 def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
     """The residual stream with what is to be added to it, and the norm of that."""
     if fuses(x_BTD):
-        from models.fused.norm import AddNorm
+        from models.fused.norm import fused_add_norm
 
-        return AddNorm.apply(x_BTD, delta_BTD, norm.weight, norm.eps)
+        return fused_add_norm(x_BTD, delta_BTD, norm)
     x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
     return x_BTD, norm(x_BTD)
 
@@ -242,7 +254,13 @@ class Attention(nn.Module):
         past: Past | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D): each token of what it, and what came before it, holds."""
-        q_BHTK, k_BGTK, v_BGTK = self.project(lowered(x_BTD), rotation)
+        x_BTD = lowered(x_BTD)
+        if fuses(x_BTD) and past is None:
+            from models.fused.attention import attend, serves
+
+            if serves(x_BTD.shape[1], self.head_dim):
+                return attend(self, x_BTD, rotation)
+        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, rotation)
         if past is not None:
             k_BGTK, v_BGTK = past.extended(k_BGTK, v_BGTK)
         y_BHTK = F.scaled_dot_product_attention(
@@ -259,10 +277,9 @@ class Attention(nn.Module):
         """Queries (B, H, T, K), keys and values (B, G, T, K), turned by their rotary angles."""
         one_table = rotation is None or rotation[0].dim() == 2  # not one for each row of a batch
         if fuses(x_BTD) and one_table:
-            from models.fused.project import Project
+            from models.fused.turn import project
 
-            weight = side_by_side(self)
-            return Project.apply(x_BTD, weight, rotation, self.n_heads, self.kv_heads)
+            return project(self, x_BTD, rotation)
         q_BHTK, k_BGTK, v_BGTK = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -289,9 +306,7 @@ class MLP(nn.Module):
         """(B, T, D) -> (B, T, D)"""
         x_BTD = lowered(x_BTD)
         if fuses(x_BTD):
-            from models.fused.swiglu import GateUp
+            from models.fused.swiglu import feed_forward
 
-            weight = side_by_side(self)
-            h_NF = GateUp.apply(x_BTD.flatten(0, 1), weight)
-            return self.down_proj(h_NF).view(x_BTD.shape)
+            return feed_forward(self, x_BTD)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from config import TrainingConfig
 from models import SLM, axes
-from models.fused.adamw import Own, Part, Table
+from models.fused.adamw import Own, Part, Table, joined, split
 from models.fused.cross_entropy import pad_rows
 from transfer import Rates, State
 
@@ -15,29 +15,31 @@ EXACT = ("norm.weight", "router.weight", "position.weight")
 
 
 class Masters:
-    """AdamW over a State, which it changes in place; `model` computes the gradients.
-
-    With micro-batches these add up in bf16.
+    """AdamW over a State, whose weights are gone after that and whose moments change in place;
+    `model` computes the gradients. With micro-batches these add up in bf16.
     """
 
     def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
-        self.settings, self.config, self.masters = settings, state.config, state.weights
+        self.settings, self.config = settings, state.config
         device = next(iter(state.weights.values())).device
+        own = [rates[name].own(settings, master) for name, master in state.weights.items()]
         self.adam = {
             name: state.adam.get(name) or unmoved(master) for name, master in state.weights.items()
         }
         self.model, copies = working_copy(state)
-        self.parts = {
-            name: Part(master, self.adam[name]["exp_avg"], self.adam[name]["exp_avg_sq"], *copy)
-            for (name, master), copy in zip(state.weights.items(), copies.values(), strict=True)
-        }
+        self.parts: dict[str, Part] = {}
+        for name, (leaf, copy) in copies.items():
+            low, moments = state.weights.pop(name), self.adam[name]
+            if leaf.dtype == torch.bfloat16:
+                nearest, low = split(low)
+                copy.copy_(nearest)
+            self.parts[name] = Part(low, moments["exp_avg"], moments["exp_avg_sq"], leaf, copy)
         parts = list(self.parts.values())
         self.tables = [
             Table({i: part for i, part in enumerate(parts) if part.leaf.dtype == dtype})
             for dtype in (torch.bfloat16, torch.float32)
         ]
         self.steps = torch.stack([kept["step"].to(device) for kept in self.adam.values()])
-        own = [rates[name].own(settings, master) for name, master in state.weights.items()]
         pace, decay, eps = (torch.tensor(each, device=device) for each in zip(*own, strict=True))
         self.own = Own(pace, decay, eps)
         self.lr = torch.zeros((), device=device)
@@ -69,13 +71,17 @@ class Masters:
             table.locate(grads)
 
     def weights(self) -> dict[str, Tensor]:
-        return self.masters
+        """The float32 masters, put together anew."""
+        return {
+            name: joined(part.copy, part.low) if part.low.dtype == torch.int16 else part.low
+            for name, part in self.parts.items()
+        }
 
     def rest(self) -> State:
-        """The masters and their moments; they change as the training goes on."""
+        """The masters and their moments; the moments change as the training goes on."""
         for step, moments in zip(self.steps, self.adam.values(), strict=True):
             moments["step"] = step.clone()
-        return State(self.config, self.masters, self.adam)
+        return State(self.config, self.weights(), self.adam)
 
 
 def unmoved(master: Tensor) -> dict[str, Tensor]:

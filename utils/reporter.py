@@ -87,11 +87,11 @@ class Reporter:
         if self.stage.phase.grow is not None:
             self.at_growth = loss if self.at_growth is None else self.at_growth
             found["above_growth"] = loss - self.at_growth
+        weights = optimizer.weights()
         if self.settles and not self.lab.run.training.lean:
-            found["valid_loss_fp32"] = loss_fp32(
-                State(self.stage.config, optimizer.weights()), self.lab, loss
-            )
-        found |= weights_alive(self.twins, optimizer.weights())
+            state = State(self.stage.config, weights)
+            found["valid_loss_fp32"] = loss_fp32(state, self.lab, loss)
+        found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
         if hungry := starving(found.get("expert_load", [])):

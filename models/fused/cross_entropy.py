@@ -24,7 +24,8 @@ def cross_entropy_kernel(
     logits_ptr, target_ptr, loss_ptr, vocab, stride, share,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row: all blocks but the last are whole, which spares them the masks."""
+    """A row: all blocks but the last are whole, which spares them the masks. Their gradient comes
+    from the back, where what was read last is still in the L2; what is written may leave it."""
     log2_e: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride
@@ -38,20 +39,23 @@ def cross_entropy_kernel(
     total = tl.exp2(x - top)
     for start in range(0, whole, BLOCK):
         x = tl.load(logits_ptr + start + cols).to(tl.float32) * log2_e
-        higher = tl.maximum(top, x)
-        total = total * tl.exp2(top - higher) + tl.exp2(x - higher)
-        top = higher
+        less = tl.exp2(-tl.abs(x - top))  # what the lower one counts for, whichever that is
+        total = tl.where(x > top, total * less + 1.0, total + less)
+        top = tl.maximum(top, x)
     highest = tl.max(top)
     log_sum = highest + tl.log2(tl.sum(total * tl.exp2(top - highest)))
     tl.store(loss_ptr + row, (log_sum - wanted) * (share / log2_e))
     if GRADIENT:
         kind = logits_ptr.dtype.element_ty
         tl.debug_barrier()  # the wanted logit has been read
-        for start in range(0, whole, BLOCK):
-            x = tl.load(logits_ptr + start + cols).to(tl.float32) * log2_e
-            tl.store(logits_ptr + start + cols, (tl.exp2(x - log_sum) * share).to(kind))
         x = load_last(logits_ptr, last, vocab, stride) * log2_e
-        tl.store(logits_ptr + last, (tl.exp2(x - log_sum) * share).to(kind), last < stride)
+        grad = (tl.exp2(x - log_sum) * share).to(kind)
+        tl.store(logits_ptr + last, grad, last < stride, cache_modifier=".cs")
+        for done in range(0, whole, BLOCK):
+            at = whole - BLOCK - done + cols
+            x = tl.load(logits_ptr + at).to(tl.float32) * log2_e
+            grad = (tl.exp2(x - log_sum) * share).to(kind)
+            tl.store(logits_ptr + at, grad, cache_modifier=".cs")
         tl.debug_barrier()  # its gradient goes over that of an unwanted one
         tl.store(logits_ptr + target, ((tl.exp2(wanted - log_sum) - 1.0) * share).to(kind))
 

@@ -3,8 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.fused.late import column_sums, norm_of, stand_in
+
+BF16 = torch.bfloat16
 PROGRAMS = 1024
 """At most, of the backward pass; each adds up the gain's gradient over its rows."""
 
@@ -30,9 +33,8 @@ def add_norm_kernel(
 
 @triton.jit
 def add_norm_backward_kernel(
-    grad_h_ptr, grad_sum_ptr, sum_ptr, scale_ptr, gain_ptr,
-    grad_x_ptr, grad_delta_ptr, grad_gain_ptr, rows, width,
-    HAS_GRAD_SUM: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
+    grad_h_ptr, grad_sum_ptr, sum_ptr, scale_ptr, gain_ptr, grad_ptr, grad_gain_ptr, rows, width,
+    HAS_GRAD_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -41,68 +43,75 @@ def add_norm_backward_kernel(
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64) * width + cols
         scale = tl.load(scale_ptr + row)
-        unit = tl.load(sum_ptr + at, mask, other=0.0).to(tl.float32) * scale
+        unit = tl.load(sum_ptr + at, mask, other=0.0) * scale
         grad_h = tl.load(grad_h_ptr + at, mask, other=0.0).to(tl.float32)
         grad_gain += grad_h * unit
         grad_h *= gain
         grad = scale * (grad_h - unit * (tl.sum(grad_h * unit) / width))
         if HAS_GRAD_SUM:
             grad += tl.load(grad_sum_ptr + at, mask, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + at, grad, mask)
-        if HAS_DELTA:
-            tl.store(grad_delta_ptr + at, grad.to(grad_delta_ptr.dtype.element_ty), mask)
+        tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask)
     tl.store(grad_gain_ptr + tl.program_id(0) * width + cols, grad_gain, mask)
 
 
-@triton.jit
-def column_sum_kernel(x_ptr, sum_ptr, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Torch's own takes three times as long for tables this small."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (cols < width)[None, :]
-        total += tl.load(x_ptr + row[:, None] * width + cols[None, :], mask, other=0.0)
-    tl.store(sum_ptr + cols, tl.sum(total, 0), cols < width)
+def shown(total: Tensor) -> Tensor:
+    """A float32 tensor as the bf16 that is its upper half. So autograd takes gradients of the
+    stream in bf16, as those of all that is added to it are: they are the same."""
+    strides = [2 * stride for stride in total.stride()]
+    upper = torch.empty(0, dtype=torch.bfloat16, device=total.device)
+    return upper.set_(total.untyped_storage(), 2 * total.storage_offset() + 1, total.shape, strides)
+
+
+def whole(upper: Tensor) -> Tensor:
+    """What is `shown`; any other tensor as it is."""
+    if upper.dtype != torch.bfloat16:
+        return upper
+    strides = [stride // 2 for stride in upper.stride()]
+    total = torch.empty(0, dtype=torch.float32, device=upper.device)
+    return total.set_(upper.untyped_storage(), upper.storage_offset() // 2, upper.shape, strides)
 
 
 class AddNorm(torch.autograd.Function):
-    """x (..., D) float32, delta (..., D) bf16 or None, gain (D,) -> x + delta, its norm in bf16."""
+    """x (..., D) float32 or shown, delta (..., D) bf16 or None, gain (D,) -> x + delta, shown, and
+    its norm in bf16; the gradient of both summands is one tensor in bf16."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, delta: Tensor | None, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
+        x, norm = whole(x).contiguous(), norm_of(gain)
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         total = x if delta is None else torch.empty_like(x)
-        h = torch.empty_like(x, dtype=torch.bfloat16)
+        h = norm.after.inputs(rows, width) if norm.after else x.new_empty(rows, width, dtype=BF16)
         scale = gain.new_empty(rows)
         add_norm_kernel[(rows,)](
             x, None if delta is None else delta.contiguous(), gain, total, h, scale, width, eps,
             HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, scale, gain)
-        ctx.has_delta = delta is not None
+        ctx.has_delta, ctx.norm = delta is not None, norm
         ctx.set_materialize_grads(False)
-        # An input must not be handed back as it is, or autograd takes it for changed in place.
-        return (total.view_as(total) if delta is None else total), h
+        return shown(total), h.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_sum: Tensor | None, grad_h: Tensor):
         total, scale, gain = ctx.saved_tensors
+        own, before, _ = ctx.norm
         rows, width = len(scale), len(gain)
-        grad_x = torch.empty_like(total)
-        grad_delta = torch.empty_like(total, dtype=torch.bfloat16) if ctx.has_delta else None
-        programs = min(triton.cdiv(rows, 4), PROGRAMS)
-        parts, grad_gain = gain.new_empty(programs, width), torch.empty_like(gain)
+        programs, block = min(rows, PROGRAMS), triton.next_power_of_2(width)
+        grad = before.slopes(rows, width) if before else gain.new_empty(rows, width, dtype=BF16)
+        parts = own.sums(programs, width) if own else gain.new_empty(programs, width)
         add_norm_backward_kernel[(programs,)](
             grad_h.contiguous(), None if grad_sum is None else grad_sum.contiguous(),
-            total, scale, gain, grad_x, grad_delta, parts, rows, width,
-            HAS_GRAD_SUM=grad_sum is not None, HAS_DELTA=ctx.has_delta,
-            BLOCK=triton.next_power_of_2(width),
+            total, scale, gain, grad, parts, rows, width,
+            HAS_GRAD_SUM=grad_sum is not None, BLOCK=block, num_warps=max(1, min(block // 256, 8)),
         )  # fmt: skip
-        column_sum_kernel[(triton.cdiv(width, 8),)](
-            parts, grad_gain, programs, width, ROWS=256, BLOCK=8
-        )
-        return grad_x, grad_delta, grad_gain, None
+        grad_gain = None if own else column_sums(parts[None])[0]
+        grad = grad.view(total.shape)
+        return grad, grad if ctx.has_delta else None, grad_gain, None
+
+
+def fused_add_norm(
+    x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm
+) -> tuple[Tensor, Tensor]:
+    return AddNorm.apply(x_BTD, delta_BTD, stand_in(norm.weight), norm.eps)

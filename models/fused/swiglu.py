@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.fused.late import Row, linear, row_of, stand_in
+from models.precision import Packs, side_by_side
+
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
@@ -46,20 +49,23 @@ def swiglu_backward_kernel(
         tl.store(grad_weight_ptr + row, tl.sum(along))
 
 
-def swiglu(gate_up_MF: Tensor) -> Tensor:
-    """(M, 2F) -> (M, F); with weights of the rows: models.fused.products.gate_up."""
+def swiglu(gate_up_MF: Tensor, to: Tensor | None = None) -> Tensor:
+    """(M, 2F) -> (M, F), made in `to`; with weights of the rows: models.fused.products.gate_up."""
     rows, width = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
-    out_MF = gate_up_MF.new_empty(rows, width)
+    out_MF = gate_up_MF.new_empty(rows, width) if to is None else to
     swiglu_kernel[(rows,)](gate_up_MF, out_MF, width, BLOCK=triton.next_power_of_2(width))
     return out_MF
 
 
 def swiglu_backward(
-    grad_MF: Tensor, gate_up_MF: Tensor, weight_M: Tensor | None = None
+    grad_MF: Tensor,
+    gate_up_MF: Tensor,
+    weight_M: Tensor | None = None,
+    to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of gate_up (M, 2F) and, where there are any, of the weights (M,)."""
+    """Gradients of gate_up (M, 2F), made in `to`, and, where there are any, of the weights (M,)."""
     rows, width = grad_MF.shape
-    grad_gate_up = torch.empty_like(gate_up_MF)
+    grad_gate_up = torch.empty_like(gate_up_MF) if to is None else to
     grad_weight = None if weight_M is None else torch.empty_like(weight_M)
     swiglu_backward_kernel[(rows,)](
         grad_MF, gate_up_MF, weight_M, grad_gate_up, grad_weight, width,
@@ -68,17 +74,28 @@ def swiglu_backward(
     return grad_gate_up, grad_weight
 
 
-class GateUp(torch.autograd.Function):
-    """x (N, D), both projections (2F, D) -> silu(gate) * up (N, F); plain: models.model.MLP."""
+class SwiGLU(torch.autograd.Function):
+    """gate and up side by side (N, 2F) -> silu(gate) * up (N, F); `before` and `after` are the rows
+    of the products that make the one and take the other."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, gate_up_FD: Tensor) -> Tensor:
-        gate_up_NF = x_ND @ gate_up_FD.T
-        ctx.save_for_backward(x_ND, gate_up_FD, gate_up_NF)
-        return swiglu(gate_up_NF)
+    def forward(ctx, gate_up_NF: Tensor, before: Row | None, after: Row | None) -> Tensor:
+        ctx.save_for_backward(gate_up_NF)
+        ctx.before = before
+        rows, width = gate_up_NF.shape[0], gate_up_NF.shape[1] // 2
+        return swiglu(gate_up_NF, after.inputs(rows, width) if after else None)
 
     @staticmethod
-    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
-        x_ND, gate_up_FD, gate_up_NF = ctx.saved_tensors
-        grad, _ = swiglu_backward(grad_NF.contiguous(), gate_up_NF)
-        return grad @ gate_up_FD, grad.T @ x_ND
+    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, None, None]:
+        (gate_up_NF,) = ctx.saved_tensors
+        to = ctx.before.slopes(*gate_up_NF.shape) if ctx.before else None
+        grad, _ = swiglu_backward(grad_NF.contiguous(), gate_up_NF, to=to)
+        return grad, None, None
+
+
+def feed_forward(layer: Packs, x_BTD: Tensor) -> Tensor:
+    """(B, T, D) -> (B, T, D); plain: models.model.MLP."""
+    up, down = stand_in(side_by_side(layer)), stand_in(layer.down_proj.weight)
+    gate_up_NF = linear(x_BTD.flatten(0, 1), up)
+    h_NF = SwiGLU.apply(gate_up_NF, row_of(up), row_of(down))
+    return linear(h_NF, down).view(x_BTD.shape)
