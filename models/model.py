@@ -154,7 +154,7 @@ class SLM(nn.Module):
     def together(self) -> AbstractContextManager[None]:
         """In training from a bf16 copy (utils/masters.py) the gradients of all blocks' weights are
         made together."""
-        is_copy = self.blocks[0].attn.packed is not None
+        is_copy = self.blocks[0].get_submodule("attn").packed is not None
         if is_copy and torch.is_grad_enabled() and fuses(self.embed.weight):
             from models.fused.late import together
 
