@@ -128,7 +128,7 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     """The phase's model, made of the last one's. Raises RunStopped where the function moved."""
     if lab.run.training.at_growth != "carry":
         state = replace(state, adam={})
-    before, old_params = loss_fp32(state, lab), state.config.num_params
+    before, old_params = loss_fp32(state.model(), lab), state.config.num_params
     began, error = lab.history.now(), None
     try:
         state, drift = grow(state, how, lab.probe, lab.run.seed + stage.number, consume=True)
@@ -167,7 +167,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
     def keep(place: Place) -> None:
         reporter.meter.check(reporter.where)
         with reporter.meter.paused():
-            lab.keeper.keep(place, optimizer.rest())
+            lab.keeper.keep(place, optimizer.snapshot())
 
     with reporter.bar:
         try:
@@ -176,6 +176,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
                     keep(place)
                 reporter.report(optimizer)
                 if place.step == phase.steps:
+                    del step  # and with it what a captured one holds
                     return optimizer.rest(), reporter.last
                 tokens = next(stream)
                 optimizer.set_lr(lr_at(place.step, stage, settings))

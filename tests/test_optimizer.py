@@ -49,12 +49,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     optimizer = wake(State.of(model), TrainingConfig(), torch.float32)
     optimizer.set_lr(1e-2)
     for spoil in (False, True):
-        before = deepcopy(optimizer.rest())
+        before = deepcopy(optimizer.snapshot())
         next_token_loss(optimizer.model(tokens[:, :-1]), tokens).backward()
         if spoil:
             optimizer.model.norm.weight.grad[0] = bad
         assert optimizer.step().isfinite().item() != spoil
-        after = optimizer.rest()
+        after = optimizer.snapshot()
         same = [torch.equal(after.weights[name], before.weights[name]) for name in after.weights]
         assert all(same) if spoil else not any(same)
     for name, kept in after.adam.items():

@@ -1,6 +1,6 @@
 """Is the capacity that growth added in use? Measured on weights and routing, at each evaluation."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -38,7 +38,7 @@ def twin_rows(config: ModelConfig, growth: Sequence[Growth]) -> dict[str, Tile]:
 
 
 @torch.no_grad()
-def weights_alive(rows: dict[str, Tile], weights: dict[str, Tensor]) -> dict[str, float]:
+def weights_alive(rows: dict[str, Tile], weights: Mapping[str, Tensor]) -> dict[str, float]:
     """`twin_distance`: of copied output units from their originals, relative, a mean over matrices.
     `expert_divergence`: root mean square distance of two experts relative to their size, a mean
     over matrices; 0 where they are alike, 1.41 where they have nothing in common, as in a block

@@ -84,6 +84,9 @@ class Lean:
     def weights(self) -> dict[str, Tensor]:
         return {name: part for parts in self.parts for name, part in parts.items()}
 
+    def snapshot(self) -> State:
+        return self.rest()
+
     def rest(self) -> State:
         """On the CPU, so that it needs no room on the GPU."""
         weights, adam = {}, {name: {} for name in self.names}

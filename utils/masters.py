@@ -1,6 +1,8 @@
 """Training in bf16 from float32 masters: a copy of the model, cast once a step, computes; the fused
 AdamW reads its gradients and writes masters, moments and copy in one pass."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -70,18 +72,50 @@ class Masters:
         for table, grads in zip(self.tables, self.grads, strict=True):
             table.locate(grads)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The float32 masters, put together anew."""
-        return {
-            name: joined(part.copy, part.low) if part.low.dtype == torch.int16 else part.low
-            for name, part in self.parts.items()
-        }
+    def weights(self) -> "Whole":
+        return Whole(self.parts)
+
+    def snapshot(self) -> State:
+        """The masters are on the CPU."""
+        weights = {name: weight.cpu() for name, weight in self.weights().items()}
+        return State(self.config, weights, self.moments())
 
     def rest(self) -> State:
-        """The masters and their moments; the moments change as the training goes on."""
+        """Takes no more memory than the masters do: each leaf makes room for them."""
+        by_leaf: dict[Tensor, list[str]] = {}
+        for name, part in self.parts.items():
+            by_leaf.setdefault(part.leaf, []).append(name)
+        names, weights = list(self.parts), {}
+        for leaf, own in by_leaf.items():
+            weights |= {name: self.weights()[name] for name in own}
+            for name in own:
+                del self.parts[name]
+            if leaf.dtype == torch.bfloat16:
+                leaf.data = leaf.new_empty(0)
+        return State(self.config, {name: weights[name] for name in names}, self.moments())
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """They change as the training goes on."""
         for step, moments in zip(self.steps, self.adam.values(), strict=True):
             moments["step"] = step.clone()
-        return State(self.config, self.weights(), self.adam)
+        return self.adam
+
+
+class Whole(Mapping[str, Tensor]):
+    """The float32 masters by name, each put together when it is asked for."""
+
+    def __init__(self, parts: dict[str, Part]):
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self.parts[name]
+        return joined(part.copy, part.low) if part.low.dtype == torch.int16 else part.low
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 def unmoved(master: Tensor) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Between a State at rest and a model with its optimizer at work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -21,11 +21,17 @@ class Optimizer(Protocol):
 
     def set_lr(self, lr: float) -> None: ...
     def step(self) -> Tensor: ...
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """By name, as they are at work: lean, in bf16."""
         ...
 
-    def rest(self) -> State: ...
+    def snapshot(self) -> State:
+        """What `rest` would give, to be written down before the next step."""
+        ...
+
+    def rest(self) -> State:
+        """What it has become. The optimizer and its model are of no use after that."""
+        ...
 
 
 def check_lean(settings: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -105,6 +111,9 @@ class Plain:
 
     def weights(self) -> dict[str, Tensor]:
         return State.of(self.model).weights
+
+    def snapshot(self) -> State:
+        return self.rest()
 
     def rest(self) -> State:
         state = State.of(self.model)

@@ -5,7 +5,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import SLM, next_token_loss
-from transfer import State
 from transfer.view import exact_matmul
 from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
@@ -16,6 +15,7 @@ from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import Optimizer
 from utils.resume import Place
 from utils.schedule import Stage, lr_at
+from utils.streamed import streamed
 
 EVAL_SEQUENCES = 8
 SETTLING = (0, 10, 50, 200)
@@ -89,8 +89,8 @@ class Reporter:
             found["above_growth"] = loss - self.at_growth
         weights = optimizer.weights()
         if self.settles and not self.lab.run.training.lean:
-            state = State(self.stage.config, weights)
-            found["valid_loss_fp32"] = loss_fp32(state, self.lab, loss)
+            model = streamed(self.stage.config, weights)
+            found["valid_loss_fp32"] = loss_fp32(model, self.lab, loss)
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
@@ -133,13 +133,13 @@ def evaluate(model: SLM, lab: Lab, dtype: torch.dtype) -> tuple[float, dict]:
     return loss.item(), found | dict(zip(ROUTING, routing, strict=True))
 
 
-def loss_fp32(state: State, lab: Lab, loss: float | None = None) -> float:
+def loss_fp32(model: SLM, lab: Lab, loss: float | None = None) -> float:
     """Loss on the held-out windows with autocast off, judged by which growth makes no jump. `loss`
     is what the training's own precision gives, where that is known."""
     if loss is not None and lab.dtype == torch.float32:
         return loss
     with exact_matmul():
-        return evaluate(state.model(), lab, torch.float32)[0]
+        return evaluate(model, lab, torch.float32)[0]
 
 
 def starvation(hungry: list[tuple[int, int]]) -> str:

@@ -12,8 +12,9 @@ from transfer import plan_for
 from utils.device import total_memory_gb, training_dtype
 
 BYTES = 16
-"""Of a parameter: weight, gradient and Adam's two moments, all float32. (A bf16 gradient and a bf16
-copy of the weight are as much as a float32 gradient.)"""
+"""Of a parameter: weight, gradient and Adam's two moments, all float32."""
+FUSED_BYTES = 14
+"""The gradient in bf16."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
@@ -178,7 +179,8 @@ def memory_gb(
     else:
         block, head = 10 * width + 3 * inner + choices * width, 1.25 * config.vocab_size
     kept = tokens * (config.n_layers * block + head) * dtype.itemsize
-    return (config.num_params * (LEAN_BYTES if lean else BYTES) + kept) / 1e9
+    each = LEAN_BYTES if lean else BYTES if plain else FUSED_BYTES
+    return (config.num_params * each + kept) / 1e9
 
 
 def lr_end(phase: Phase, after: Phase | None, settings: TrainingConfig) -> float:
