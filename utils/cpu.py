@@ -1,7 +1,6 @@
 """What a CPU can compute in, how its memory is kept, and how much of it was used."""
 
 import ctypes
-import os
 from pathlib import Path
 
 import torch
@@ -21,9 +20,8 @@ def has_bf16() -> bool:
 
 def keep_freed_memory() -> None:
     """Freed buffers are used again and not given back: else the system maps and clears the pages of
-    the largest ones anew in every step. Does nothing where malloc is not glibc's. On Linux torch
-    asks for huge pages as well, if it has not made a tensor yet."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    the largest ones anew in every step. Does nothing where malloc is not glibc's. (Huge pages, for
+    which torch aligns buffers, leave holes: twice the memory, and no step was faster for them.)"""
     set_malloc(M_MMAP_MAX, 0)
     set_malloc(M_TRIM_THRESHOLD, -1)
 
