@@ -127,7 +127,7 @@ def run_phase(state: State, stage: Stage, lab: Lab, place: Place | None) -> Stat
 def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     """The phase's model, made of the last one's. Raises RunStopped where the function moved."""
     if lab.run.training.at_growth != "carry":
-        state = replace(state, adam={})
+        state.adam.clear()  # in place, so that nobody holds on to it
     before, old_params = loss_fp32(state.model(), lab), state.config.num_params
     began, error = lab.history.now(), None
     try:
@@ -176,8 +176,7 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
                     keep(place)
                 reporter.report(optimizer)
                 if place.step == phase.steps:
-                    del step  # and with it what a captured one holds
-                    return optimizer.rest(), reporter.last
+                    break
                 tokens = next(stream)
                 optimizer.set_lr(lr_at(place.step, stage, settings))
                 with held():  # a signal finds the step done or not begun
@@ -186,6 +185,8 @@ def train(state: State, stage: Stage, lab: Lab, place: Place) -> tuple[State, di
         except Stopped:
             keep(place)
             raise
+        del step  # and with it what a captured one holds
+        return optimizer.rest(), reporter.last  # a signal now finds the phase's end kept
 
 
 def stepper(

@@ -158,8 +158,8 @@ def test_products_of_sorted_rows_are_those_with_each_experts_own_weights(rows, w
     assert off(grouped_weights(x, h, ends), slopes) < 0.01
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 300])
-@pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 16), (3, 3, 32), (4, 1, 64)])
+@pytest.mark.parametrize("length", [1, 64, 65, 300, 1024])
+@pytest.mark.parametrize("heads, kv_heads, size", [(6, 2, 16), (1, 1, 32), (4, 1, 64)])
 @pytest.mark.parametrize("turned", [True, False], ids=["rotary", ""])
 def test_attention_of_short_contexts_is_torchs_of_turned_heads(
     length, heads, kv_heads, size, turned
@@ -200,11 +200,14 @@ def test_gradients_made_together_are_those_made_one_by_one(config, length, monke
         with autocast(CUDA, BF16):
             loss = next_token_loss(model(tokens[:, :-1]), tokens)
         loss.backward()
-        return {name: p.grad.float() for name, p in model.named_parameters()}
+        gains = [block.attn_norm.weight for block in model.blocks]
+        memory = {gain.grad.untyped_storage().data_ptr() for gain in gains}
+        return {name: p.grad.float() for name, p in model.named_parameters()}, len(memory)
 
-    together = slopes()
+    together, tables = slopes()
     monkeypatch.setattr(SLM, "together", lambda _: nullcontext())
-    alone = slopes()
+    alone, apart = slopes()
+    assert (tables, apart) == (1, 2)
     assert together.keys() == alone.keys()
     least = 1e-3 * max(slope.norm() for slope in alone.values())
     for name, slope in alone.items():
@@ -270,6 +273,19 @@ def test_a_master_that_was_split_is_joined_bit_for_bit():
     assert torch.equal(joined(*split(master)).view(torch.int32), master.view(torch.int32))
 
 
+@EACH
+def test_at_rest_a_model_has_given_its_memory_to_the_masters(config):
+    state = at_rest(config)
+    masters = wake(state, SETTINGS, BF16)
+    assert not state.weights
+    training_step(masters, SETTINGS, BF16, windows(config, 2, 65))
+    before, after = tensors(masters.snapshot()), tensors(masters.rest())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value.to(CUDA), after[key].to(CUDA)) for key, value in before.items())
+    assert not masters.parts
+    assert all(not p.numel() for p in masters.model.parameters() if p.dtype == BF16)
+
+
 @pytest.mark.parametrize("config", [*CONFIGS.values(), ODD], ids=[*CONFIGS, "odd sizes"])
 @pytest.mark.parametrize("growth", [(), (Upcycle(5), Widen(3))], ids=["", "at rates of their own"])
 def test_a_step_is_that_of_torchs_adamw_on_float32_masters(config, growth):
@@ -320,12 +336,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_says_so():
 
 
 @EACH
-def test_a_captured_step_trains_as_the_same_step_does_uncaptured(config):
+@pytest.mark.parametrize("micro", [None, 3], ids=["", "micro-batches"])
+def test_a_captured_step_trains_as_the_same_step_does_uncaptured(config, micro):
+    settings = replace(SETTINGS, micro_batch_size=micro)
     tokens = [windows(config, 4, 65, seed) for seed in range(4)]
 
     def trained(capture):
-        optimizer = wake(at_rest(config), SETTINGS, BF16)
-        step = partial(training_step, optimizer, SETTINGS, BF16)
+        optimizer = wake(at_rest(config), settings, BF16)
+        step = partial(training_step, optimizer, settings, BF16)
         step = Captured(step, optimizer) if capture else step
         found = []
         for i in range(12):

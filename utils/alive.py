@@ -45,10 +45,9 @@ def weights_alive(rows: dict[str, Tile], weights: Mapping[str, Tensor]) -> dict[
     that depth has just added."""
     twins = [twin_distance(row, weights[name].float()) for name, row in rows.items()]
     found = {"twin_distance": [distance for distance in twins if distance is not None]}
+    stacks = [name for name in weights if axes(name)[0][0] == "expert" and len(axes(name)[0]) > 1]
     found["expert_divergence"] = [
-        divergence(weight.float())
-        for name, weight in weights.items()
-        if axes(name)[0][0] == "expert" and weight.dim() == 3 and len(weight) > 1
+        divergence(stack.float()) for stack in map(weights.__getitem__, stacks) if len(stack) > 1
     ]
     return {name: torch.stack(each).mean().item() for name, each in found.items() if each}
 

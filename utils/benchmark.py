@@ -213,8 +213,9 @@ def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
 
 
 def shares(awake: Training, stage: Stage, step_s: float, bench: Bench) -> dict[str, float]:
-    """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it; `other`
-    is what they leave: norms, embedding, clipping, data, and a device that waits for its host."""
+    """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it and with
+    the gradients of its own weights, which the step makes for all blocks together; `other` is what
+    they leave: norms, embedding, clipping, data, and a device that waits for its host."""
     work = pieces(awake.optimizer, stage.phase.batch_size, bench.dtype)
     if fused.available(bench.device, bench.dtype):
         work = {name: captured(work[name], bench.device) for name in work}

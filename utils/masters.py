@@ -102,7 +102,8 @@ class Masters:
 
 
 class Whole(Mapping[str, Tensor]):
-    """The float32 masters by name, each put together when it is asked for."""
+    """The float32 masters by name, each put together when it is asked for; those that the model
+    computes with as they are, the very ones."""
 
     def __init__(self, parts: dict[str, Part]):
         self.parts = parts

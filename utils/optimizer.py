@@ -22,11 +22,13 @@ class Optimizer(Protocol):
     def set_lr(self, lr: float) -> None: ...
     def step(self) -> Tensor: ...
     def weights(self) -> Mapping[str, Tensor]:
-        """By name, as they are at work: lean, in bf16."""
+        """By name, as they are at work: those of lean in bf16, of others the very ones or put
+        together when asked for. The next step changes them."""
         ...
 
     def snapshot(self) -> State:
-        """What `rest` would give, to be written down before the next step."""
+        """What `rest` would give, to be written down at once: the next step changes what is in it.
+        Its weights may be on the CPU."""
         ...
 
     def rest(self) -> State:

@@ -16,7 +16,7 @@ from models.fused.turn import turn
 from models.precision import Packs, side_by_side
 
 LONGEST = 1024
-"""Tokens of context from which on torch's own attention is faster."""
+"""Tokens of context up to which torch's own attention is no faster."""
 SIZES = (16, 32, 64)
 """Of heads: wider ones do not fit the registers."""
 TILE = 64

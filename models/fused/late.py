@@ -104,9 +104,10 @@ class Late(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *own: Tensor | None) -> tuple[Tensor | None, ...]:
-        late = list(chain.from_iterable(kind.gradients() for kind in ctx.kinds))
+        late: list[Tensor | None] = []
         for kind in ctx.kinds:
-            del kind.tables  # a second backward is an error
+            late += kind.gradients()
+            del kind.tables  # a second backward is an AttributeError
         return None, *(b if a is None else a for a, b in zip(own, late, strict=True))
 
 
@@ -124,12 +125,13 @@ def row_of(weight: Tensor) -> Row | None:
 
 
 def norm_of(gain: Tensor) -> Norm:
-    return getattr(gain, "stands", Norm())
+    return getattr(gain, "norm_row", Norm())
 
 
 @contextmanager
 def together(model: nn.Module) -> Iterator[None]:
     """A forward pass within leaves the gradients of the weights of its blocks to Late."""
+    assert not standing, "one forward pass at a time"
     blocks = list(model.blocks)
     kinds = {
         "qkv": [block.attn.packed for block in blocks],
@@ -152,18 +154,17 @@ def together(model: nn.Module) -> Iterator[None]:
         for weight, row in zip(each, rows[name], strict=True):
             standing[weight].row = row
     nothing = [None] * len(blocks)
-    before = [None, *between(rows["out"], rows.get("down", nothing))]
-    after = [*between(rows["qkv"], rows.get("up", nothing)), None]
+    before = [None, *in_turn(rows["out"], rows.get("down", nothing))]
+    after = [*in_turn(rows["qkv"], rows.get("up", nothing)), None]
     for gain, *places in zip(kinds["gain"], rows["gain"], before, after, strict=True):
-        standing[gain].stands = Norm(*places)
+        standing[gain].norm_row = Norm(*places)
     try:
         yield
     finally:
         standing.clear()
 
 
-def between(one: list, other: list) -> Iterator:
-    """Of each in turn."""
+def in_turn(one: list, other: list) -> Iterator:
     return chain.from_iterable(zip(one, other, strict=True))
 
 

@@ -1,6 +1,7 @@
 """Heads turned by their rotary angles; plain: models.rotary.rotate."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,7 +66,7 @@ def project(
     layer: Packs, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, ...]:
     """Queries (B, H, T, K), keys and values (B, G, T, K); plain: models.model.Attention.project."""
-    packed = torch.nn.functional.linear(x_BTD, side_by_side(layer))
+    packed = F.linear(x_BTD, side_by_side(layer))
     if rotation is not None:
         packed = Turn.apply(packed, rotation, layer.n_heads + layer.kv_heads, layer.head_dim)
     heads = packed.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
