@@ -89,8 +89,11 @@ class Reporter:
             found["above_growth"] = loss - self.at_growth
         weights = optimizer.weights()
         if self.settles and not self.lab.run.training.lean:
-            model = streamed(self.stage.config, weights)
-            found["valid_loss_fp32"] = loss_fp32(model, self.lab, loss)
+            found["valid_loss_fp32"] = (
+                loss
+                if self.lab.dtype == torch.float32
+                else loss_fp32(streamed(self.stage.config, weights), self.lab)
+            )
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
@@ -133,11 +136,8 @@ def evaluate(model: SLM, lab: Lab, dtype: torch.dtype) -> tuple[float, dict]:
     return loss.item(), found | dict(zip(ROUTING, routing, strict=True))
 
 
-def loss_fp32(model: SLM, lab: Lab, loss: float | None = None) -> float:
-    """Loss on the held-out windows with autocast off, judged by which growth makes no jump. `loss`
-    is what the training's own precision gives, where that is known."""
-    if loss is not None and lab.dtype == torch.float32:
-        return loss
+def loss_fp32(model: SLM, lab: Lab) -> float:
+    """Loss on the held-out windows with autocast off, judged by which growth makes no jump."""
     with exact_matmul():
         return evaluate(model, lab, torch.float32)[0]
 

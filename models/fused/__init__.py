@@ -1,7 +1,8 @@
 """Triton kernels of the training step in bf16 on a GPU.
 
 Each file fuses, or puts together for all blocks, what the plain code beside the call defines;
-tests/test_fused.py holds the two together. Shapes as in models/model.py and models/moe.py.
+tests/test_fused.py and tests/test_masters.py hold the two together. Shapes as in models/model.py
+and models/moe.py.
 """
 
 from functools import cache
