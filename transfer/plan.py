@@ -89,28 +89,36 @@ class Tile(NamedTuple):
 
     def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
         """The new parameter; `generator` draws the noise. `old` is left as it was."""
-        new = self.spread(old, self.scale)
         inputs = self.copies[-1]
-        if self.noise and self.summed and inputs > 1:
-            # Contrasts spread one draw less than there are copies, so that their sum is zero, over
-            # the variance of all but one.
-            std = old.std() * self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
-            copies = new.unflatten(-1, (inputs, -1)).unbind(-2)
-            for weights in contrasts(inputs):
-                drawn = torch.empty_like(copies[0]).normal_(generator=generator).mul_(std)
-                for copy, weight in zip(copies[: len(weights)], weights, strict=True):
-                    copy.add_(drawn, alpha=weight)
-        return new
+        if not self.noise or not self.summed or inputs == 1:
+            return self.spread(old, self.scale)
+        one, parts, whole = self.laid_out(old)
+        start, std = one.squeeze(-2) * self.scale, old.std()
+        new = old.new_empty(parts)
+        copies = new.unbind(-2)
+        # Contrasts spread one draw less than there are copies, so that their sum is zero, over
+        # the variance of all but one. A copy's first one is added as the copy is written.
+        size = self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
+        for weights in contrasts(inputs):
+            drawn = torch.empty_like(copies[0], memory_format=torch.contiguous_format)
+            drawn.normal_(generator=generator)
+            for i, weight in enumerate(weights):
+                so_far = start if len(weights) in (2, i + 1) else copies[i]
+                torch.addcmul(so_far, drawn, std, value=weight * size, out=copies[i])
+        return new.view(whole)
 
     def spread(self, old: Tensor, factor: float) -> Tensor:
         """`old.tile(copies) * factor` in one pass over the memory."""
-        shape = (*[1] * (len(self.copies) - old.dim()), *old.shape)  # the dense one of experts
-        pairs = list(zip(self.copies, shape, strict=True))
-        new = old.new_empty([copies * size for copies, size in pairs])
-        parts = new.view([n for pair in pairs for n in pair])
-        one = old.reshape([n for _, size in pairs for n in (1, size)])
-        torch.mul(one.expand_as(parts), factor, out=parts)
-        return new
+        one, parts, whole = self.laid_out(old)
+        return (one.expand(parts) * factor).view(whole)
+
+    def laid_out(self, old: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """`old` with two dimensions in place of each, one copy and its size; the same with all of
+        the copies; and what these are the parts of."""
+        sizes = (*[1] * (len(self.copies) - old.dim()), *old.shape)  # the dense one of experts
+        pairs = list(zip(self.copies, sizes, strict=True))
+        one = old.view([n for size in sizes for n in (1, size)])
+        return one, [n for pair in pairs for n in pair], [times * size for times, size in pairs]
 
     def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
         """Draws that share anew, normal with the mean and the standard deviation of what was there
