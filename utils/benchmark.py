@@ -31,7 +31,7 @@ from utils.timing import Rates, Work, captured, clean_slate, measure_rates, time
 from utils.tokens import LEARNED_SIZE
 
 RANDOM_TOKENS = 1 << 20
-GROWTHS = 3
+GROWTHS = 5
 """A growth is timed this often at the most: the model before it is made anew each time."""
 PACKAGES = ("transformers", "triton")
 

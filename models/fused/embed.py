@@ -41,13 +41,13 @@ def add_kernel(sum_ptr, token_ptr, owner_ptr, table_ptr, width, BLOCK: tl.conste
 
 
 class Embed(torch.autograd.Function):
-    """tokens (B, T), table (V, D) -> their rows (B, T, D) in float32, and the table. The gradients
+    """tokens (B, T), table (V, D) -> their rows (B, T, D) in bf16, and the table. The gradients
     of a token that comes more than once are added up in float32, in no fixed order."""
 
     @staticmethod
     def forward(ctx, tokens_BT: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
         tokens_BT = tokens_BT.contiguous()
-        x_ND = gather(table_VD, tokens_BT.flatten(), torch.float32)
+        x_ND = gather(table_VD, tokens_BT.flatten(), torch.bfloat16)
         ctx.save_for_backward(tokens_BT, table_VD)
         ctx.set_materialize_grads(False)
         return x_ND.view(*tokens_BT.shape, -1), table_VD.view_as(table_VD)

@@ -1,4 +1,8 @@
-"""x + delta and its RMSNorm in one pass; plain: models.model.add_norm."""
+"""x + delta and its RMSNorm in one pass; plain: models.model.add_norm.
+
+The stream is kept in bf16, as all that is added to it is, so that their gradients are one tensor.
+Each sum is normed before it is rounded.
+"""
 
 import torch
 import triton
@@ -24,7 +28,7 @@ def add_norm_kernel(
     x = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         x += tl.load(delta_ptr + at, mask, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + at, x, mask)
+        tl.store(sum_ptr + at, x.to(sum_ptr.dtype.element_ty), mask)
     scale = 1.0 / tl.sqrt(tl.sum(x * x) / width + eps)
     tl.store(scale_ptr + row, scale)
     gain = tl.load(gain_ptr + cols, mask, other=0.0)
@@ -43,7 +47,7 @@ def add_norm_backward_kernel(
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64) * width + cols
         scale = tl.load(scale_ptr + row)
-        unit = tl.load(sum_ptr + at, mask, other=0.0) * scale
+        unit = tl.load(sum_ptr + at, mask, other=0.0).to(tl.float32) * scale
         grad_h = tl.load(grad_h_ptr + at, mask, other=0.0).to(tl.float32)
         grad_gain += grad_h * unit
         grad_h *= gain
@@ -54,36 +58,18 @@ def add_norm_backward_kernel(
     tl.store(grad_gain_ptr + tl.program_id(0) * width + cols, grad_gain, mask)
 
 
-def shown(total: Tensor) -> Tensor:
-    """A float32 tensor as the bf16 that is its upper half. So autograd takes gradients of the
-    stream in bf16, as those of all that is added to it are: they are the same."""
-    strides = [2 * stride for stride in total.stride()]
-    upper = torch.empty(0, dtype=torch.bfloat16, device=total.device)
-    return upper.set_(total.untyped_storage(), 2 * total.storage_offset() + 1, total.shape, strides)
-
-
-def whole(upper: Tensor) -> Tensor:
-    """What is `shown`; a tensor in float32 as it is."""
-    if upper.dtype == torch.float32:
-        return upper
-    assert upper.stride(-1) == 2, "the stream is in float32"
-    strides = [stride // 2 for stride in upper.stride()]
-    total = torch.empty(0, dtype=torch.float32, device=upper.device)
-    return total.set_(upper.untyped_storage(), upper.storage_offset() // 2, upper.shape, strides)
-
-
 class AddNorm(torch.autograd.Function):
-    """x (..., D) float32 or shown, delta (..., D) bf16 or None, gain (D,) -> x + delta, shown, and
-    its norm in bf16; the gradient of both summands is one tensor in bf16."""
+    """x (..., D) and delta (..., D), bf16, delta may be None, gain (D,) -> x + delta and its norm,
+    in bf16; the gradient of both summands is one tensor."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, delta: Tensor | None, gain: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        x, norm = whole(x).contiguous(), norm_of(gain)
+        x, norm = x.contiguous(), norm_of(gain)
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         total = x if delta is None else torch.empty_like(x)
-        h = norm.after.inputs(rows, width) if norm.after else x.new_empty(rows, width, dtype=BF16)
+        h = norm.after.inputs(rows, width) if norm.after else x.new_empty(rows, width)
         scale = gain.new_empty(rows)
         add_norm_kernel[(rows,)](
             x, None if delta is None else delta.contiguous(), gain, total, h, scale, width, eps,
@@ -92,7 +78,7 @@ class AddNorm(torch.autograd.Function):
         ctx.save_for_backward(total, scale, gain)
         ctx.has_delta, ctx.norm = delta is not None, norm
         ctx.set_materialize_grads(False)
-        return shown(total), h.view(x.shape)
+        return total, h.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_sum: Tensor | None, grad_h: Tensor):
@@ -115,4 +101,4 @@ class AddNorm(torch.autograd.Function):
 def fused_add_norm(
     x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm
 ) -> tuple[Tensor, Tensor]:
-    return AddNorm.apply(x_BTD, delta_BTD, stand_in(norm.weight), norm.eps)
+    return AddNorm.apply(x_BTD.to(BF16), delta_BTD, stand_in(norm.weight), norm.eps)
