@@ -6,7 +6,7 @@ K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers
 
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ AXES = {
 }  # fmt: skip
 
 
+@cache
 def axes(name: str) -> tuple[tuple[str, ...], str | None]:
     """The output axes of a parameter and the one its products are summed over, None for tables
     and gains. Raises KeyError for a parameter that AXES does not know."""

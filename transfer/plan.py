@@ -92,8 +92,8 @@ class Tile(NamedTuple):
         inputs = self.copies[-1]
         if not self.noise or not self.summed or inputs == 1:
             return self.spread(old, self.scale)
-        one, parts, whole = self.laid_out(old)
-        start, std = one.squeeze(-2) * self.scale, old.std()
+        one, parts, whole = laid_out(self.copies, old.shape)
+        start, std = old.view(one).squeeze(-2) * self.scale, old.std()
         new = old.new_empty(parts)
         copies = new.unbind(-2)
         # Contrasts spread one draw less than there are copies, so that their sum is zero, over
@@ -109,16 +109,8 @@ class Tile(NamedTuple):
 
     def spread(self, old: Tensor, factor: float) -> Tensor:
         """`old.tile(copies) * factor` in one pass over the memory."""
-        one, parts, whole = self.laid_out(old)
-        return (one.expand(parts) * factor).view(whole)
-
-    def laid_out(self, old: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """`old` with two dimensions in place of each, one copy and its size; the same with all of
-        the copies; and what these are the parts of."""
-        sizes = (*[1] * (len(self.copies) - old.dim()), *old.shape)  # the dense one of experts
-        pairs = list(zip(self.copies, sizes, strict=True))
-        one = old.view([n for size in sizes for n in (1, size)])
-        return one, [n for pair in pairs for n in pair], [times * size for times, size in pairs]
+        one, parts, whole = laid_out(self.copies, old.shape)
+        return (old.view(one).expand(parts) * factor).view(whole)
 
     def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
         """Draws that share anew, normal with the mean and the standard deviation of what was there
@@ -134,9 +126,9 @@ class Tile(NamedTuple):
             expert.index_copy_(self.units - 1, units, drawn)
 
     def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adam's memory of the new parameter, from its memory of the old one."""
+        """Adam's memory of the new parameter, from its memory of the old one, whose step it is."""
         return {
-            "step": old["step"].clone(),
+            "step": old["step"],
             "exp_avg": self.spread(old["exp_avg"], self.share),
             "exp_avg_sq": self.spread(old["exp_avg_sq"], self.share**2),
         }
@@ -156,6 +148,19 @@ class Tile(NamedTuple):
         """(output copies, ...): each copy of the outputs as it is, with all of its inputs."""
         whole = (*self.copies[:-1], 1) if self.summed else self.copies
         return self._replace(copies=whole, summed=False).copies_of(new)
+
+
+Shape = tuple[int, ...]
+
+
+@cache
+def laid_out(copies: tuple[int, ...], old: Shape) -> tuple[Shape, Shape, Shape]:
+    """Shapes: the old one with two dimensions in place of each, one copy and its size; the same
+    with all of the copies; and what these are the parts of."""
+    sizes = (*[1] * (len(copies) - len(old)), *old)  # the dense one of experts
+    pairs = list(zip(copies, sizes, strict=True))
+    one = tuple(n for size in sizes for n in (1, size))
+    return one, tuple(n for pair in pairs for n in pair), tuple(map(math.prod, pairs))
 
 
 def contrasts(copies: int) -> list[list[float]]:
@@ -250,6 +255,8 @@ def carry_out(
             if row.redrawn:
                 row.redraw(weight, generator, seeded(like.device, seed, name.rpartition(".")[0]))
             if moments is not None and not row.forked:
+                if not last:
+                    moments = {**moments, "step": moments["step"].clone()}
                 new.adam[name] = moments if handed_on else row.moments(moments)
             if last:
                 del old.weights[row.source]

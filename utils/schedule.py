@@ -14,8 +14,10 @@ from utils.device import total_memory_gb, training_dtype
 BYTES = 16
 """Of a parameter: weight, gradient and Adam's two moments, all float32."""
 FUSED_BYTES = 14
-"""The weight in two halves of 2, the gradient in bf16, two moments in float32. (For a moment, when
-its training begins, a phase takes BYTES.)"""
+"""The weight in two halves of 2, the gradient in bf16, two moments in float32."""
+WAKING_BYTES = 14.8
+"""While a phase begins to train: the float32 weight, its bf16 copy, two moments, and what it takes
+to split the largest weight."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
@@ -166,8 +168,8 @@ def memory_gb(
     lean: bool = False,
     plain: bool = True,
 ) -> float:
-    """Expected peak of a training step, in 10^9 bytes, `sequences` at a time; `plain` without the
-    fused kernels.
+    """Expected peak of a phase, in 10^9 bytes, `sequences` at a time; `plain` without the fused
+    kernels.
 
     The multiples were fitted to peaks measured in bf16, plain on an H200 and fused on an H100, at 8
     (2, 1) and 64 sequences in the four phases of the full preset: within 10 % of all.
@@ -178,13 +180,13 @@ def memory_gb(
     if plain:
         block, head = 11 * width + 4 * inner + 2 * choices * width, 3 * config.vocab_size
     else:
-        block, head = 10 * width + 3 * inner + choices * width, 1.25 * config.vocab_size
+        block, head = 8 * width + 3 * inner, 1.25 * config.vocab_size
         # Once the logits are gone: the slopes that all weights' gradients are made of together.
         late = 4 * width if choices else 5 * width + 2 * inner
         head = max(head, config.n_layers * late)
     kept = tokens * (config.n_layers * block + head) * dtype.itemsize
     each = LEAN_BYTES if lean else BYTES if plain else FUSED_BYTES
-    least = 0 if lean else BYTES * config.num_params
+    least = 0 if lean or plain else WAKING_BYTES * config.num_params
     return max(least, config.num_params * each + kept) / 1e9
 
 
