@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from on_gpu import BF16, CONFIGS, CUDA, DENSE, EACH, NEEDS_GPU, SETTINGS, at_rest, off, windows
 from torch.testing import assert_close
 
+from config import Where
 from models import SLM, fused, next_token_loss
 from models.moe import MoE
 from models.rotary import rotary, rotate
+from transfer import deepen
 from utils.device import autocast
 from utils.optimizer import wake
 
@@ -47,6 +50,14 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_plain_autocast(na
     least = 1e-3 * max(slope.norm() for slope in exact.values())
     for each, want in exact.items():
         assert off(slopes[each], want, least) < 2 * off(plain[each], want, least) + 0.02, each
+
+
+@EACH
+@pytest.mark.parametrize("where", get_args(Where))
+def test_new_blocks_that_add_nothing_change_no_bit_in_bf16_either(config, where):
+    model, tokens = at_rest(config).model(), windows(config, 2, 33)[:, :-1]
+    with torch.no_grad(), autocast(CUDA, BF16):
+        assert torch.equal(deepen(model, 3, where)(tokens).logits, model(tokens).logits)
 
 
 def clear_cut(layer, x_ND):

@@ -41,7 +41,13 @@ IDS = ["-".join([name, *(type(how).__name__ for how in hows)]) for name, hows in
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 one_of_each = pytest.mark.parametrize(
     "config, how",
-    [(DENSE, Upcycle(4)), (DENSE, Widen(2)), (LEARNED_MOE, Widen(3)), (MOE, Deepen(2))],
+    [
+        (DENSE, Upcycle(4)),
+        (DENSE, Upcycle(1, 1)),
+        (DENSE, Widen(2)),
+        (LEARNED_MOE, Widen(3)),
+        (MOE, Deepen(2)),
+    ],
 )
 
 
@@ -126,6 +132,18 @@ def test_consuming_the_old_state_empties_it_and_gives_the_same_new_one(config, h
     _, new = grown(old, how)
     _, again = grown(old, how, consume=True)
     assert not old.weights and not old.adam and identical(new, again)
+
+
+@one_of_each
+def test_how_the_old_weights_lie_in_memory_changes_nothing(config, how):
+    old = at_rest(config)
+    _, new = grown(old, how)
+    for weights in (old.weights, *old.adam.values()):
+        weights |= {
+            name: weight.mT.contiguous().mT for name, weight in weights.items() if weight.dim() > 1
+        }
+    _, again = grown(old, how)
+    assert identical(new, again)
 
 
 @one_of_each

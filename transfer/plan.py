@@ -20,6 +20,7 @@ from models import SLM, axes, initialise
 
 Adam = dict[str, dict[str, Tensor]]
 """Per parameter: step, exp_avg, exp_avg_sq."""
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Tile(NamedTuple):
 
     @property
     def same(self) -> bool:
-        """Whether the new parameter is the old one, and so its moments."""
+        """Whether the new parameter is the old one, if it has its shape, and so its moments."""
         return math.prod(self.copies) == 1 and not self.redrawn and not self.forked
 
     def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,25 +93,27 @@ class Tile(NamedTuple):
         inputs = self.copies[-1]
         if not self.noise or not self.summed or inputs == 1:
             return self.spread(old, self.scale)
+        old = old.contiguous()
         one, parts, whole = laid_out(self.copies, old.shape)
         start, std = old.view(one).squeeze(-2) * self.scale, old.std()
         new = old.new_empty(parts)
         copies = new.unbind(-2)
         # Contrasts spread one draw less than there are copies, so that their sum is zero, over
-        # the variance of all but one. A copy's first one is added as the copy is written.
-        size = self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
+        # the variance of all but one.
+        relative = self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
         for weights in contrasts(inputs):
             drawn = torch.empty_like(copies[0], memory_format=torch.contiguous_format)
             drawn.normal_(generator=generator)
             for i, weight in enumerate(weights):
-                so_far = start if len(weights) in (2, i + 1) else copies[i]
-                torch.addcmul(so_far, drawn, std, value=weight * size, out=copies[i])
+                is_first = len(weights) == 2 or i == len(weights) - 1  # nothing is written yet
+                so_far = start if is_first else copies[i]
+                torch.addcmul(so_far, drawn, std, value=weight * relative, out=copies[i])
         return new.view(whole)
 
     def spread(self, old: Tensor, factor: float) -> Tensor:
         """`old.tile(copies) * factor` in one pass over the memory."""
         one, parts, whole = laid_out(self.copies, old.shape)
-        return (old.view(one).expand(parts) * factor).view(whole)
+        return (old.contiguous().view(one).expand(parts) * factor).view(whole)
 
     def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
         """Draws that share anew, normal with the mean and the standard deviation of what was there
@@ -126,7 +129,8 @@ class Tile(NamedTuple):
             expert.index_copy_(self.units - 1, units, drawn)
 
     def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adam's memory of the new parameter, from its memory of the old one, whose step it is."""
+        """Adam's memory of the new parameter, from its memory of the old one. `step` is the old
+        tensor itself, not a copy."""
         return {
             "step": old["step"],
             "exp_avg": self.spread(old["exp_avg"], self.share),
@@ -148,9 +152,6 @@ class Tile(NamedTuple):
         """(output copies, ...): each copy of the outputs as it is, with all of its inputs."""
         whole = (*self.copies[:-1], 1) if self.summed else self.copies
         return self._replace(copies=whole, summed=False).copies_of(new)
-
-
-Shape = tuple[int, ...]
 
 
 @cache
@@ -250,7 +251,7 @@ def carry_out(
             before, moments = old.weights[row.source], old.adam.get(row.source)
             uses[row.source] -= 1
             last = consume and not uses[row.source]
-            handed_on = last and row.same
+            handed_on = last and row.same and before.shape == shape
             weight = before if handed_on else row.weight(before, generator)
             if row.redrawn:
                 row.redraw(weight, generator, seeded(like.device, seed, name.rpartition(".")[0]))

@@ -15,9 +15,9 @@ BYTES = 16
 """Of a parameter: weight, gradient and Adam's two moments, all float32."""
 FUSED_BYTES = 14
 """The weight in two halves of 2, the gradient in bf16, two moments in float32."""
-WAKING_BYTES = 14.8
-"""While a phase begins to train: the float32 weight, its bf16 copy, two moments, and what it takes
-to split the largest weight."""
+SPLIT_BYTES = 8
+"""More, of the largest weight, while it is split as a phase begins; gradients are not there yet, but
+the others are still whole."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
@@ -186,8 +186,10 @@ def memory_gb(
         head = max(head, config.n_layers * late)
     kept = tokens * (config.n_layers * block + head) * dtype.itemsize
     each = LEAN_BYTES if lean else BYTES if plain else FUSED_BYTES
-    least = 0 if lean or plain else WAKING_BYTES * config.num_params
-    return max(least, config.num_params * each + kept) / 1e9
+    if not lean and not plain:
+        largest = width * max(config.vocab_size, (config.num_experts or 1) * config.d_ff)
+        kept = max(kept, SPLIT_BYTES * largest)
+    return (config.num_params * each + kept) / 1e9
 
 
 def lr_end(phase: Phase, after: Phase | None, settings: TrainingConfig) -> float:

@@ -99,8 +99,12 @@ def split(master: Tensor) -> tuple[Tensor, Tensor]:
     """float32 -> the nearest bf16, and int16: in units of the last bit of the float32, how far that
     is from it. (Of two as near, the one away from zero: the other may be 2^15 units off.)"""
     bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    high = (bits + 0x8000).bitwise_right_shift_(16)
+    nearest = high.to(torch.int16).view(torch.bfloat16)
+    low = (
+        high.bitwise_left_shift_(16).neg_().add_(bits)
+    )  # in place: it is done when memory is short
+    return nearest, low.to(torch.int16)
 
 
 def joined(copy: Tensor, low: Tensor) -> Tensor:

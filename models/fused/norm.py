@@ -1,7 +1,7 @@
 """x + delta and its RMSNorm in one pass; plain: models.model.add_norm.
 
 The stream is kept in bf16, as all that is added to it is, so that their gradients are one tensor.
-Each sum is normed before it is rounded.
+What is normed is the rounded sum: a block that adds nothing then changes nothing, to the last bit.
 """
 
 import torch
@@ -28,7 +28,9 @@ def add_norm_kernel(
     x = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
     if HAS_DELTA:
         x += tl.load(delta_ptr + at, mask, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + at, x.to(sum_ptr.dtype.element_ty), mask)
+        total = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, total, mask)
+        x = total.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x) / width + eps)
     tl.store(scale_ptr + row, scale)
     gain = tl.load(gain_ptr + cols, mask, other=0.0)
