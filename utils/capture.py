@@ -1,6 +1,7 @@
 """A training step as one CUDA graph: launched at once, it does not wait for Python."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -11,8 +12,6 @@ from utils.optimizer import Optimizer
 
 WARM_UP = 3
 """Steps before the capture; they choose kernels and compile them."""
-
-
 WORTH = 30
 """Steps of a phase from which a capture pays: it takes a second."""
 
@@ -33,13 +32,21 @@ def is_capturable(optimizer: Optimizer) -> TypeGuard[Capturable]:
     return isinstance(optimizer, Capturable)
 
 
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """Where work is captured. One for all of it, since cuBLAS keeps 67 MB of workspace for each
+    stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
+
 class Captured:
     """`step`, which trains `optimizer` on tokens of one shape and returns a tensor. That tensor is
     written over by the next call."""
 
     def __init__(self, step: Callable[[Tensor], Tensor], optimizer: Capturable):
         self.step, self.optimizer, self.steps = step, optimizer, 0
-        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream = side_stream(torch.cuda.current_device())
+        self.graph = torch.cuda.CUDAGraph()
 
     def __call__(self, tokens_BS: Tensor) -> Tensor:
         self.steps += 1

@@ -16,8 +16,8 @@ BYTES = 16
 FUSED_BYTES = 14
 """The weight in two halves of 2, the gradient in bf16, two moments in float32."""
 SPLIT_BYTES = 8
-"""More, of the largest weight, while it is split as a phase begins; gradients are not there yet, but
-the others are still whole."""
+"""What splitting the largest weight takes as a phase begins: there is no gradient yet, but all the
+others are still whole."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from config import ModelConfig
+from utils.capture import side_stream
 from utils.device import reset_peak_memory, wait_for
 from utils.schedule import flops_per_token
 
@@ -88,7 +89,7 @@ def measure_rates(
 
 def captured(work: Work, device: torch.device) -> Work:
     """`work` without the time that the host takes to launch it: as a captured CUDA graph."""
-    stream = torch.cuda.Stream(device)
+    stream = side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(LAUNCHES):
