@@ -147,13 +147,13 @@ def test_a_phase_that_grew_is_evaluated_soon_after_whatever_the_rest(own):
 
 
 def test_an_expert_that_starves_says_so(own, capsys):
-    events, _ = own(BRIEF, dense=Phase(steps=0), moe=Phase(Upcycle(24, 1), steps=0))
+    events, _ = own(BRIEF, dense=Phase(steps=0), moe=Phase(Upcycle(64, 1), steps=0))
     assert (
         "STARVING, under a tenth of a fair share of the tokens: expert" in capsys.readouterr().out
     )
     event = select(events, "eval")[-1]
     shares = [share for layer in event["expert_load"] for share in layer]
-    starved = sum(share < 0.1 / 24 for share in shares)
+    starved = sum(share < 0.1 / 64 for share in shares)
     assert starved and event["dropped_experts"] == starved / len(shares)
 
 
