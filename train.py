@@ -24,7 +24,13 @@ from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
-from utils.device import autocast, choose_device, reset_peak_memory, training_dtype
+from utils.device import (
+    autocast,
+    choose_device,
+    reset_peak_memory,
+    small_workspaces,
+    training_dtype,
+)
 from utils.errors import RunStopped
 from utils.files import is_newer, sweep_parts
 from utils.header import header, summary
@@ -49,6 +55,8 @@ def main(run: Run) -> None:
     run = origin.run
     found = stages(run)  # every phase is checked before any work
     fused.enabled = may_fuse(run, found)
+    if run.training.lean:
+        small_workspaces()
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:
         check_folder(run, files)
@@ -148,8 +156,9 @@ def grown(state: State, how: Growth, stage: Stage, lab: Lab) -> State:
     )
     if error is not None:
         raise RunStopped(f"{stage}: {error}") from error
-    did = "kept" if how.exact else "changed"
-    tqdm.write(f"{stage}: {type(how).__name__} {did} the function: {drift}")
+    allowed = f"changed the function, which may move by {how.limits.loss:g} nats"
+    did = "kept the function" if how.exact else allowed
+    tqdm.write(f"{stage}: {type(how).__name__} {did}: {drift}")
     if name := stage.phase.init_checkpoint:
         save_model(state, stage, lab, name, trained=False)
         lab.note(stage, "checkpoint", path=name, trained=False)

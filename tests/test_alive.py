@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import DENSE, MOE, trained_like, windows
+from small import DENSE, MOE, retrained, trained_like, windows
 
 from config import Deepen, Upcycle, Widen
 from models import SLM
@@ -23,6 +23,21 @@ def test_twins_are_found_again_whatever_has_grown_since(later, noise, low, high)
     growth = (Widen(2, noise), *later)
     found = weights_alive(twin_rows(DENSE, growth), grown(DENSE, *growth).weights)
     assert low <= found["twin_distance"] <= high
+
+
+def test_the_distances_are_means_over_matrices():
+    """As of each alone, none of which is like another."""
+    state = retrained(grown(DENSE, Widen(2), Upcycle(4)))
+    rows = twin_rows(DENSE, (Widen(2), Upcycle(4)))
+    alone = [
+        weights_alive({name: row} if name in rows else {}, {name: state.weights[name]})
+        for name, row in rows.items()
+    ]
+    found = weights_alive(rows, state.weights)
+    for what in ("twin_distance", "expert_divergence"):
+        each = [one[what] for one in alone if what in one]
+        assert len({round(one, 6) for one in each}) == len(each) > 5
+        assert found[what] == pytest.approx(sum(each) / len(each))
 
 
 def test_only_the_last_widening_has_twins_and_new_blocks_have_none():

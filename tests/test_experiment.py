@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from config import DataConfig, InputError, Phase, TrainingConfig, tiny
+from config import PRESETS, DataConfig, InputError, Phase, TrainingConfig, tiny
 from utils.arms import report
 from utils.experiment import EXPERIMENTS, Experiment, main, parse
 from utils.history import read, select
@@ -63,6 +63,15 @@ def test_the_arms_differ_in_what_they_are_named_after_and_nowhere_else(name):
     assert all(one != other for one, other in pairwise(first))
 
 
+def test_places_that_come_to_the_same_growth_are_one_arm():
+    depth = {name: list(Experiment("depth", run=PRESETS[name]()).runs()) for name in PRESETS}
+    assert depth["full"] == EXPERIMENTS["depth"].names
+    places = ("interleaved", "middle")  # the one new block of tiny goes to the end or the middle
+    assert depth["tiny"] == [f"{init}-{where}" for init in ("identity", "copy") for where in places]
+    alone = Experiment("depth", arms=("copy-end",), run=tiny()).runs()
+    assert list(alone) == ["copy-end"]
+
+
 def test_the_run_as_it_stands_is_an_arm_of_several_experiments_and_trained_for_all(small):
     folders = [
         {runs[0].out for runs in Experiment(name, run=small).runs().values()}
@@ -78,17 +87,22 @@ def test_differences_within_the_seeds_spread_are_ties():
     def history(loss, later):
         return [
             {"event": "grow", "valid_loss_fp32": 2.0},
-            {"event": "eval", "step": 0, "valid_loss": 9.0, "valid_loss_fp32": later},
+            {"event": "eval", "step": 0, "valid_loss": 9.0, "valid_loss_fp32": 2.0 + later}
+            | {"above_growth": later},
             {"event": "eval", "step": 9, "valid_loss": loss, "twin_distance": 0.1},
             {"event": "end", "wall_s": 3.0},
         ]
 
     arms = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5)}
-    text = report({arm: [history(x, 2.25) for x in losses] for arm, losses in arms.items()})
+    text = report({arm: [history(x, 0.25) for x in losses] for arm, losses in arms.items()})
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:4]}
     assert [rows[arm][2] for arm in arms] == ["best", "tie", "+0.4000"]
     assert rows["a"] == ["1.1000", "0.2000", "best", "0.100", "-", "-", "3"]
     assert text.splitlines()[-1].split() == ["c", "+0.2500"]
+    assert "one seed" not in text
+    text = report({arm: [history(losses[0], 0.25)] for arm, losses in arms.items()})
+    assert "one seed an arm: chance alone" in text
+    assert text.splitlines()[2].split()[:4] == ["b", "1.1000", "-", "+0.1000"]
 
 
 @pytest.mark.parametrize(

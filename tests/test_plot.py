@@ -9,7 +9,7 @@ import pytest
 
 from config import InputError
 from utils.along import along, set_axis, stretches, text
-from utils.curves import smooth
+from utils.curves import signed, smooth
 from utils.history import History
 from utils.panels import verdict
 from utils.plot import figure, plot
@@ -29,11 +29,12 @@ schedules = pytest.mark.parametrize("schedule", [FULL, SCRATCH, MANY, STILL])
 
 
 def record(schedule, hurt=0.0, evaluated=True, measured=True, **run):
-    """A history as training writes it, with a loss that starts at 11 and falls to 2."""
+    """A history as training writes it, with a loss that starts at 11 and falls to 2, and `hurt`
+    above that after each growth."""
     told = {"corpus": "tinystories", "device": "cpu", "fallback": False} | run
     told.setdefault("flops_per_token", [10**phase for phase in range(1, len(schedule) + 1)])
     events = [{"event": "run", "wall_s": 0.0, **told}]
-    tokens = 0
+    tokens, loss = 0, 11.0
 
     def inside(phase):
         """What an evaluation tells of a mixture of experts."""
@@ -46,16 +47,17 @@ def record(schedule, hurt=0.0, evaluated=True, measured=True, **run):
         events.append({"event": event, "wall_s": float(len(events)), **values})
 
     for phase, (name, (how, steps, batch)) in enumerate(schedule.items(), start=1):
-        where = {"phase": phase, "phase_name": name}
+        where, before = {"phase": phase, "phase_name": name}, loss
         if how:
             drift = {"loss_drift": 3e-7 + hurt, "max_logit_diff": 2e-5}
             size = {"params_before": 10**phase, "params_after": 10 ** (phase + 1)}
-            tell("grow", how=how, tokens=tokens, **where, **drift, **size)
+            tell("grow", how=how, tokens=tokens, valid_loss_fp32=before, **where, **drift, **size)
         for step in range(0, steps + 1, 10):
             tokens += 10 * batch if step else 0
             loss = 2 + 9 * exp(-tokens / 2e5) + (hurt * exp(-step / 50) if how else 0.0)
             if evaluated and step % 100 == 0:
-                tell("eval", step=step, tokens=tokens, valid_loss=loss, **where, **inside(phase))
+                found = inside(phase) | ({"above_growth": loss - before} if how else {})
+                tell("eval", step=step, tokens=tokens, valid_loss=loss, **where, **found)
             if step:
                 noise = 0.05 * (-1) ** (step // 10)
                 tell("step", step=step, tokens=tokens, loss=loss + noise, **where)
@@ -70,6 +72,10 @@ def written(folder, events):
         for event in events:
             history(**event)
     return folder
+
+
+def last(events, phase):
+    return [e for e in events if e["event"] == "eval" and e["phase"] == phase][-1]
 
 
 def texts(drawing, panel=0):
@@ -233,7 +239,7 @@ def test_under_the_losses_is_drawn_what_the_history_tells():
     assert len(alone) == 1
     assert len(titles(figure({"run": record(FULL, measured=False)}))) == 2
     _, since, load, apart = titles(figure({"run": record(FULL)}))
-    assert since == "Validation loss since the growth, in nats"
+    assert since == "Validation loss above that before the growth, in nats"
     assert load == "Load of each expert: 4 of 32 are idle"
     assert apart.endswith("twins 0.20, experts 0.10")
 
@@ -251,14 +257,26 @@ def test_every_growth_gets_its_verdict_and_every_evaluation_its_load():
 @pytest.mark.parametrize(
     "above, said",
     [
-        ([0, -0.1, -0.2], "not worse at\nany evaluation"),
-        ([0, 0.1, -0.2], "+0.10 at worst,\nback after 2 k"),
-        ([0, -0.1, 0.25, 0.2], "+0.25 at worst,\nnot back"),
+        ([4e-8, -0.1, -0.2], "not worse at\nany evaluation"),
+        ([0, 0.001, -0.2], "+0.001 at worst,\nback after 2 k"),
+        ([0, -0.1, 0.25, 0.2], "+0.250 at worst,\nnot back"),
+        ([0.5, 0.3, -0.1], "+0.500 at worst,\nback after 2 k"),
     ],
 )
 def test_the_verdict_on_a_growth_is_how_bad_it_got_and_when_that_was_made_up(above, said):
     at = 1000.0 * np.arange(5, 5 + len(above))
     assert verdict(at, np.array(above), "tokens") == said
+
+
+def test_what_a_growth_itself_cost_is_part_of_what_its_phase_brought():
+    """A jump of 3 that is all but made up in the phase is no gain of 3."""
+    events = record(FULL, hurt=3.0)
+    ends = [last(events, phase)["above_growth"] for phase in (2, 3, 4)]
+    assert all(abs(end) < 0.1 for end in ends)
+    drawing = figure({"run": events})
+    for end in ends:
+        assert any(text.startswith(f"{signed(end)} in ") for text in texts(drawing))
+    assert all(text.startswith("+3.000 at worst") for text in texts(drawing, 1))
 
 
 @pytest.mark.parametrize("edges", [[0, 10], [0, 300, 450, 550, 650], [0, 2048, 4096, 4352, 4353]])

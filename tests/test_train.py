@@ -23,6 +23,7 @@ from utils.errors import RunStopped
 from utils.history import read, select
 from utils.lab import PROMPTS
 from utils.optimizer import wake
+from utils.plot import figure
 from utils.resume import Keeper
 
 SCRIPT = Path(__file__).parent.parent / "transfer" / "verify_growth_mechanics.py"
@@ -124,6 +125,24 @@ def test_the_loss_in_float32_goes_on_from_where_growing_found_it(finished):
     assert [(e["phase"], e["step"]) for e in settling] == [(2, 0), (3, 0), (4, 0)]
     for event in settling:
         assert event["valid_loss_fp32"] == pytest.approx(before[event["phase"]], abs=1e-5)
+        assert event["above_growth"] == event["valid_loss_fp32"] - before[event["phase"]]
+    for event in (e for e in select(events, "eval") if e["phase"] > 1 and e not in settling):
+        assert event["above_growth"] == event["valid_loss"] - before[event["phase"]] != 0
+    assert all("above_growth" not in e for e in select(events, "eval") if e["phase"] == 1)
+
+
+def test_the_jump_of_a_growth_that_is_not_exact_is_told_and_drawn(own, capsys):
+    how, rare = Upcycle(4, redrawn=0.9), replace(BRIEF, eval_every=100)
+    events, _ = own(rare, dense=Phase(steps=150, batch_size=16, lr=1e-2), moe=Phase(how, steps=4))
+    grow, start = select(events, "grow")[0], select(events, "eval")[-2]
+    jump = start["valid_loss"] - grow["valid_loss_fp32"]
+    assert start["step"] == 0 and start["above_growth"] == jump > 0.02
+    said = capsys.readouterr().out
+    assert "Upcycle changed the function, which may move by 2 nats: loss" in said
+    assert f"({jump:.3f} above what it was before the growth)" in said
+    panel = figure({"run": events}).axes[1]
+    assert any(line.get_ydata()[0] == jump for line in panel.lines)
+    assert panel.texts[0].get_text().startswith(f"{jump:+.3f} at worst")
 
 
 def test_evaluations_say_whether_the_new_capacity_is_used(finished):
@@ -138,12 +157,12 @@ def test_evaluations_say_whether_the_new_capacity_is_used(finished):
 
 
 def test_a_phase_that_grew_is_evaluated_soon_after_whatever_the_rest(own):
-    long = replace(BRIEF, eval_every=100)
-    events, _ = own(long, dense=Phase(steps=1), wide=Phase(Widen(2), steps=12))
+    long = replace(BRIEF, eval_every=1000)
+    events, _ = own(long, dense=Phase(steps=1), wide=Phase(Widen(2), steps=201))
     steps = [(e["phase"], e["step"]) for e in select(events, "eval")]
-    assert steps == [(1, 0), (1, 1), (2, 0), (2, 10), (2, 12)]
+    assert steps == [(1, 0), (1, 1), (2, 0), (2, 10), (2, 50), (2, 200), (2, 201)]
     marked = [e["step"] for e in select(events, "eval") if "valid_loss_fp32" in e]
-    assert marked == [0, 10]
+    assert marked == [0, 10, 50, 200]
 
 
 def test_an_expert_that_starves_says_so(own, capsys):

@@ -56,6 +56,7 @@ BROKEN = ("dense, widen x2", "dense, deepen, new blocks frozen", "4 experts, wid
 """Of these the rules are broken too."""
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}
 MEASURES = ("logits", "loss", "weights", "gradients", "moments", "twins")
+ROW = "{:<44}{:<10}" + "{:>11}" * len(MEASURES) + "  {}"
 
 
 def trained_like(config: ModelConfig, dtype: torch.dtype) -> State:
@@ -111,8 +112,8 @@ def moment_error(old: State, how: Growth, tokens: Tensor) -> float:
 
 
 def prove(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[str]:
-    """A row of the table: the worst of each measure along a chain of growths. Raises GrowthError
-    where a law breaks."""
+    """Cells of a row: the worst of each measure along a chain of growths. Raises GrowthError where
+    a law breaks."""
     limit = LIMITS[dtype]
     state = trained_like(config, dtype)
     tokens = torch.randint(config.vocab_size, (4, config.seq_len + 1))
@@ -138,21 +139,20 @@ def prove(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[
 
 
 def prove_all() -> bool:
-    """Prints the tables; True if every law held."""
+    """Prints the table; True if every law held."""
+    print(ROW.format("growth", "in", *MEASURES, ""))
     return prove_growths() & prove_squares()
 
 
 def prove_growths() -> bool:
-    print(("{:<32}{:<10}" + "{:>11}" * len(MEASURES)).format("growth", "in", *MEASURES))
     held = True
     for dtype in LIMITS:
         for name, config, chain in CASES:
-            start = f"{name:<32}{str(dtype).removeprefix('torch.'):<10}"
             try:
-                print(start + "".join(f"{cell:>11}" for cell in prove(config, chain, dtype)))
+                cells, said = prove(config, chain, dtype), "held"
             except GrowthError as error:
-                held = False
-                print(f"{start}  BROKEN: {error}")
+                held, cells, said = False, ["-"] * len(MEASURES), f"BROKEN: {error}"
+            print(ROW.format(name, str(dtype).removeprefix("torch."), *cells, said))
     return held
 
 
@@ -160,9 +160,8 @@ def prove_squares() -> bool:
     """Growing, then training, against training, then growing; and what each broken rule does."""
     from utils.square import ALLOWED, STEPS, Square, breaches
 
-    print(f"\ngrow, then {STEPS} steps of Adam, or the other way round, in float64")
-    print(f"{'':<42}{'logits':>11}{'loss':>11}")
-    held = True
+    print(f"growing and {STEPS} steps of Adam, in either order, and what each broken rule does")
+    held, untold = True, ["-"] * (len(MEASURES) - 2)
     for name, config, how in SQUARES:
         square = Square(config, how)
         cases = {name: None} | (breaches(how) if name in BROKEN else {})
@@ -170,9 +169,10 @@ def prove_squares() -> bool:
             logits, loss = square.gap(breach)
             right = (logits > ALLOWED) == (breach is not None)
             held &= right
-            said = ("  BROKEN", "") if breach is None else ("  MISSED", "  caught")
+            said = ("BROKEN", "held") if breach is None else ("MISSED", "caught")
             label = case if breach is None else f"    {case}"
-            print(f"{label:<42}{logits:>11.1e}{loss:>11.1e}{said[right]}")
+            cells = [f"{logits:.1e}", f"{loss:.1e}", *untold]
+            print(ROW.format(label, "float64", *cells, said[right]))
     return held
 
 

@@ -4,7 +4,7 @@ from math import isnan, nan
 from statistics import mean
 
 from utils.header import table
-from utils.history import above_growth, select
+from utils.history import select, settled
 
 Histories = dict[str, list[list[dict]]]
 """By arm, a history for each seed."""
@@ -14,7 +14,8 @@ def report(histories: Histories) -> str:
     """A row per arm, means over seeds: the held-out loss at the end, how far apart the seeds are,
     and how far it was above what it had been before the growth (float32) after so many steps."""
     ends = {arm: [last(run, "valid_loss") for run in runs] for arm, runs in histories.items()}
-    spread = max(max(each) - min(each) for each in ends.values())
+    spreads = {arm: max(each) - min(each) for arm, each in ends.items() if len(each) > 1}
+    spread = max(spreads.values(), default=0.0)
     best = min(mean(each) for each in ends.values())
     rows: list[tuple[str, ...]] = [
         ("arm", "valid loss", "seeds' spread", "above best", "twins", "divergence", "dropped", "s")
@@ -26,13 +27,14 @@ def report(histories: Histories) -> str:
             (
                 arm,
                 f"{mean(ends[arm]):.4f}",
-                f"{max(ends[arm]) - min(ends[arm]):.4f}",
+                f"{spreads[arm]:.4f}" if arm in spreads else "-",
                 "best" if above == 0 else "tie" if above <= spread else f"{above:+.4f}",
                 *(number([last(run, name) for run in runs]) for name in alive),
                 f"{mean(run[-1]['wall_s'] for run in runs):.0f}",
             )
         )
-    return "\n".join([*table(rows), "", *table(settling(histories))])
+    told = [] if spreads else ["one seed an arm: chance alone may make such differences", ""]
+    return "\n".join([*table(rows), "", *told, *table(settling(histories))])
 
 
 def settling(histories: Histories) -> list[tuple[str, ...]]:
@@ -40,7 +42,7 @@ def settling(histories: Histories) -> list[tuple[str, ...]]:
     above: dict[str, dict[int, list[float]]] = {}
     for arm, runs in histories.items():
         for run in runs:
-            for step, loss in above_growth(run, select(run, "grow")[-1]).items():
+            for step, loss in settled(run, select(run, "grow")[-1]).items():
                 above.setdefault(arm, {}).setdefault(step, []).append(loss)
     steps = sorted({step for of_arm in above.values() for step in of_arm})
     rows = [("above the loss before, after", *(f"{step} steps" for step in steps))]

@@ -63,9 +63,16 @@ def params(events: list[dict], number: int) -> str:
     return " of ".join(map(short, known)) + " params" * (len(known) == 1)
 
 
+def above_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
+    """Places, and how far the validation loss was above that before the phase's growth."""
+    return curve(phase.events, "eval", "above_growth")
+
+
 def gained(phase: Stretch) -> float:
-    """What the phase did to the validation loss."""
-    losses = curve(phase.events, "eval")[1]
+    """What the phase, with the growth that began it, did to the validation loss."""
+    above, losses = above_growth(phase)[1], curve(phase.events, "eval")[1]
+    if above.size:
+        return above[-1]
     return losses[-1] - losses[0] if len(losses) > 1 else 0.0
 
 
@@ -76,8 +83,8 @@ def gain(phase: Stretch) -> str:
     return change + duration(phase.seconds)
 
 
-def signed(change: float) -> str:
-    return f"{change:+.2f}".replace("-", "\N{MINUS SIGN}")
+def signed(change: float, decimals: int = 2) -> str:
+    return f"{change:+.{decimals}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def loss_limits(runs: Sequence[list[dict]], headroom: float) -> tuple[float, float]:

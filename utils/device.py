@@ -25,6 +25,14 @@ def devices() -> list[str]:
     return (["cuda"] if cuda else []) + cuda + mps + ["cpu"]
 
 
+def small_workspaces() -> None:
+    """cuBLAS works in 8 MB in place of 32 on each stream, and cublasLt likewise: 50 MB less in a
+    lean run, whose products lose nothing by it. Set by hand they stay; to be called before the
+    first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 

@@ -28,7 +28,7 @@ from config import (
 )
 from models import SLM, fused
 from train import grown, run_phase, train
-from transfer import State
+from transfer import State, plan_for
 from utils.arms import report
 from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
@@ -93,7 +93,9 @@ EXPERIMENTS = {
 class Experiment:
     """python -m utils.experiment NAME [PRESET] [--field value ...]
 
-    NAME: noise, upcycle, depth, optimizer, lr. Arms that are finished already are not run again."""
+    NAME: noise, upcycle, depth, optimizer, lr. Arms that are finished already are not run again,
+    nor those that come to the same growth as an earlier one (one new block has but so many places).
+    """
 
     name: str = "noise"
     """Which settings are compared."""
@@ -152,11 +154,17 @@ class Experiment:
         """By arm, a Run for each seed; its last phase is the one to be trained."""
         how = EXPERIMENTS[self.name]
         phase, before = self.run.schedule[self.grows], self.trunk().phases
-        found = {}
+        start = stages(self.trunk())[-2].config
+        found, seen = {}, []
         for name in self.arms or how.names:
-            grow = replace(phase.grow, **how.growth.get(name, {})) if phase.grow else None
+            assert phase.grow is not None, "checked above"
+            grow = replace(phase.grow, **how.growth.get(name, {}))
             last = replace(phase, grow=grow, init_checkpoint="")
             run = self.common({**before, self.grows: last}, **how.training.get(name, {}))
+            does = plan_for(start, grow), run.training
+            if does in seen:
+                continue
+            seen.append(does)
             # One arm of each experiment is the run as it stands: it is trained for all of them.
             same = run == self.common({**before, self.grows: replace(phase, init_checkpoint="")})
             folder = f"{self.grows}-{'as-it-is' if same else name}"

@@ -7,13 +7,13 @@ from models import fused
 from utils.capture import wants_capture
 from utils.data import Corpus
 from utils.device import device_name, training_dtype
-from utils.history import above_growth
+from utils.history import settled
 from utils.schedule import Stage, stage_memory_gb
 from utils.units import duration, short
 
 LONG_S = 3600.0
 SPIKE = 0.02
-"""Nats above the loss at a transition that are worth a word."""
+"""Nats above the loss before a growth that are worth a word."""
 
 Rows = list[tuple[str, ...]]
 
@@ -82,7 +82,7 @@ def progress(stage: Stage, step: int, last: dict[str, float], above_growth: floa
     if "loss" in last:
         parts += [f"train {last['loss']:.3f}", f"{short(last['tokens_per_s'])} tokens/s"]
     if above_growth is not None and above_growth > SPIKE:
-        parts.append(f"({above_growth:.3f} above what it was at the transition)")
+        parts.append(f"({above_growth:.3f} above what it was before the growth)")
     return "  ".join(parts)
 
 
@@ -132,9 +132,7 @@ def phase_row(event: dict) -> tuple[str, ...]:
 
 def then(grow: dict, events: list[dict]) -> str:
     """How far the held-out loss, in float32, was above what it had been, after so many steps."""
-    return ", ".join(
-        f"{above:+.3f} at {step}" for step, above in above_growth(events, grow).items()
-    )
+    return ", ".join(f"{above:+.3f} at {step}" for step, above in settled(events, grow).items())
 
 
 def transition_row(event: dict) -> tuple[str, ...]:

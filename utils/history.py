@@ -79,13 +79,17 @@ def select(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
 
-def above_growth(events: list[dict], grow: dict) -> dict[int, float]:
-    """By step of the phase that began with `grow`: how far the held-out loss, in float32, was above
-    what it had been before, where both are known."""
-    before = grow.get("valid_loss_fp32")
+def before_growth(events: list[dict], phase: int) -> float | None:
+    """The held-out loss, in float32, that the phase's model had before it grew, if it did."""
+    grows = [event for event in select(events, "grow") if event.get("phase") == phase]
+    return grows[-1].get("valid_loss_fp32") if grows else None
+
+
+def settled(events: list[dict], grow: dict) -> dict[int, float]:
+    """By step of the phase that began with `grow`: how far the held-out loss was above what it had
+    been before, where it was taken in float32."""
     evals = [event for event in select(events, "eval") if event.get("phase") == grow.get("phase")]
-    known = [event for event in evals if before is not None and "valid_loss_fp32" in event]
-    return {event["step"]: event["valid_loss_fp32"] - before for event in known}
+    return {e["step"]: e["above_growth"] for e in evals if "valid_loss_fp32" in e}
 
 
 def header(events: list[dict]) -> dict:

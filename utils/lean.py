@@ -14,6 +14,7 @@ from config import TrainingConfig
 from transfer import Rate, Rates, State
 from transfer.rates import Own
 from utils.masters import working_copy
+from utils.streamed import Lazy
 
 SCALE = 1024.0
 """Of gradients and eps, which AdamW does not notice; the library keeps its scales in float16, where
@@ -31,10 +32,10 @@ class Lean:
 
     def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
         self.config, self.grad_clip, self.names = state.config, settings.grad_clip, [*state.weights]
-        self.model, copies = working_copy(state)
+        self.model, self.copies = working_copy(state)
         self.leaves = list(self.model.parameters())
         self.parts: list[dict[str, Tensor]] = [
-            {name: part for name, (leaf, part) in copies.items() if leaf is of}
+            {name: part for name, (leaf, part) in self.copies.items() if leaf is of}
             for of in self.leaves
         ]
         # What lies side by side in a leaf has the same axes, and so the same rates.
@@ -81,8 +82,20 @@ class Lean:
         self.model.zero_grad()
         return norm
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: part for parts in self.parts for name, part in parts.items()}
+    def weights(self) -> Lazy:
+        return Lazy(self.names, self.master)
+
+    def master(self, name: str) -> Tensor:
+        """In float32."""
+        leaf, part = self.copies[name]
+        return place(self.whole(leaf), part).contiguous()
+
+    def whole(self, leaf: Tensor) -> Tensor:
+        """A leaf in float32."""
+        kept = self.adamw.state[leaf]
+        if "error_bits" not in kept:
+            return leaf.detach()
+        return reconstruct_fp32_param(leaf.detach(), kept["error_bits"])
 
     def snapshot(self) -> State:
         return self.rest()
@@ -92,10 +105,7 @@ class Lean:
         weights, adam = {}, {name: {} for name in self.names}
         for leaf, parts in zip(self.leaves, self.parts, strict=True):
             kept = self.adamw.state[leaf]
-            whole = leaf.detach()
-            if "error_bits" in kept:
-                whole = reconstruct_fp32_param(whole, kept["error_bits"])
-            weights |= taken(whole, parts)
+            weights |= taken(self.whole(leaf), parts)
             if "step" in kept:
                 for name in parts:
                     adam[name]["step"] = torch.tensor(float(kept["step"]))

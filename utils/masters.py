@@ -1,8 +1,6 @@
 """Training in bf16 from float32 masters: a copy of the model, cast once a step, computes; the fused
 AdamW reads its gradients and writes masters, moments and copy in one pass."""
 
-from collections.abc import Iterator, Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ from models import SLM, axes
 from models.fused.adamw import Own, Part, Table, joined, split
 from models.fused.cross_entropy import pad_rows
 from transfer import Rates, State
+from utils.streamed import Lazy
 
 EXACT = ("norm.weight", "router.weight", "position.weight")
 """Parameters that are computed with in float32 and so need no copy."""
@@ -72,8 +71,13 @@ class Masters:
         for table, grads in zip(self.tables, self.grads, strict=True):
             table.locate(grads)
 
-    def weights(self) -> "Whole":
-        return Whole(self.parts)
+    def weights(self) -> Lazy:
+        return Lazy([*self.parts], self.master)
+
+    def master(self, name: str) -> Tensor:
+        """In float32, put together; what the model computes with as it is, the very one."""
+        part = self.parts[name]
+        return joined(part.copy, part.low) if part.low.dtype == torch.int16 else part.low
 
     def snapshot(self) -> State:
         """The masters are on the CPU."""
@@ -87,7 +91,7 @@ class Masters:
             by_leaf.setdefault(part.leaf, []).append(name)
         names, weights = list(self.parts), {}
         for leaf, own in by_leaf.items():
-            weights |= {name: self.weights()[name] for name in own}
+            weights |= {name: self.master(name) for name in own}
             for name in own:
                 del self.parts[name]
             if leaf.dtype == torch.bfloat16:
@@ -99,24 +103,6 @@ class Masters:
         for step, moments in zip(self.steps, self.adam.values(), strict=True):
             moments["step"] = step.clone()
         return self.adam
-
-
-class Whole(Mapping[str, Tensor]):
-    """The float32 masters by name, each put together when it is asked for; those that the model
-    computes with as they are, the very ones."""
-
-    def __init__(self, parts: dict[str, Part]):
-        self.parts = parts
-
-    def __getitem__(self, name: str) -> Tensor:
-        part = self.parts[name]
-        return joined(part.copy, part.low) if part.low.dtype == torch.int16 else part.low
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
 
 
 def unmoved(master: Tensor) -> dict[str, Tensor]:

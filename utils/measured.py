@@ -20,7 +20,7 @@ TABLES = {
         ("other", "other_share", ".0%"), ("", "error", ""),
     ],
     "transitions": [
-        ("transition", "name", ""), ("growth s", "growth_s", ".3f"),
+        ("transition", "name", ""), ("bare s", "bare_s", ".3f"),
         ("GB", "peak_memory_gb", ".1f"), ("checked s", "checked_s", ".3f"),
         ("GB", "checked_peak_memory_gb", ".1f"), ("copy s", "copy_s", ".4f"),
         ("copied GB", "made_gb", ".2f"), ("", "error", ""),

@@ -50,7 +50,7 @@ def time_growth(
         memory = [tensor for moments in state.adam.values() for tensor in moments.values()]
         return [*state.weights.values(), *memory]
 
-    growth_s, peak = time_each(alone, before, device, repeats)
+    bare_s, peak = time_each(alone, before, device, repeats)
     checked_s, checked_peak = time_each(checked, before, device, repeats)
     made = tensors(alone(before()))
     copy_s, _ = time_each(
@@ -58,7 +58,7 @@ def time_growth(
     )
 
     return {
-        "growth_s": growth_s,
+        "bare_s": bare_s,
         "checked_s": checked_s,
         "copy_s": copy_s,
         "made_gb": sum(tensor.nbytes for tensor in made) / 1e9,

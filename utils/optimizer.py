@@ -22,8 +22,8 @@ class Optimizer(Protocol):
     def set_lr(self, lr: float) -> None: ...
     def step(self) -> Tensor: ...
     def weights(self) -> Mapping[str, Tensor]:
-        """By name, as they are at work: those of lean in bf16, of others the very ones or put
-        together when asked for. The next step changes them."""
+        """By name, in float32: the very ones, or put together when asked for. The next step changes
+        them."""
         ...
 
     def snapshot(self) -> State:

@@ -11,8 +11,7 @@ import numpy as np
 
 from utils.alive import STARVING
 from utils.along import Stretch, curve, text
-from utils.curves import BAD, GOOD, note_size, signed
-from utils.history import select
+from utils.curves import BAD, GOOD, above_growth, note_size, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +21,8 @@ APART = {
     "expert_divergence": ("experts", "#CC79A7", "o"),
 }
 
+LEAST = 5e-4
+"""Nats: what three decimals do not show is as good as before."""
 COLOURS = {"cmap": "PuOr", "vmin": 0, "vmax": 2}
 """Of a load: 1 is an even share."""
 
@@ -35,7 +36,7 @@ class Panel(NamedTuple):
 def panels(phases: list[Stretch]) -> list[Panel]:
     """Those that the run's phases tell enough for."""
     found = []
-    if any(since_growth(phase)[0].size > 1 for phase in phases):
+    if any(above_growth(phase)[0].size > 1 for phase in phases):
         found.append(Panel(1.2, draw_since_growth))
     if layers := max(load.shape[1] if len(load) else 0 for _, load in map(loads, phases)):
         found.append(Panel(min(1 + 0.12 * layers, 3), draw_load))
@@ -48,17 +49,11 @@ def headline(axes: "Axes", what: str) -> None:
     axes.set_title(what, loc="left", y=1, size=9, weight="bold")
 
 
-def since_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
-    """Places, and the validation loss above what it was when the phase's model had just grown."""
-    at, losses = curve(phase.events if select(phase.events, "grow") else [], "eval")
-    return at, losses - losses[:1]
-
-
 def draw_since_growth(axes: "Axes", phases: list[Stretch], unit: str) -> None:
-    headline(axes, "Validation loss since the growth, in nats")
+    headline(axes, "Validation loss above that before the growth, in nats")
     axes.axhline(0, color="black", linewidth=0.8)
     for phase in phases:
-        at, above = since_growth(phase)
+        at, above = above_growth(phase)
         if len(at) < 2:
             continue
         axes.plot(at, above, "o-", color="#555555", markersize=3, linewidth=1)
@@ -74,7 +69,7 @@ def draw_since_growth(axes: "Axes", phases: list[Stretch], unit: str) -> None:
             textcoords="offset points",
             va="top",
             size=note_size(phases) - 0.5,
-            color=GOOD if above[-1] <= 0 else BAD,
+            color=GOOD if above[-1] < LEAST else BAD,
         )
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.6 * (high - low))
@@ -83,12 +78,13 @@ def draw_since_growth(axes: "Axes", phases: list[Stretch], unit: str) -> None:
 def verdict(at: np.ndarray, above: np.ndarray, unit: str) -> str:
     """How much worse the model got after its growth, and when it was as good as before."""
     worst = int(above.argmax())
-    if above[worst] <= 0:
+    if above[worst] < LEAST:
         return "not worse at\nany evaluation"
-    back = np.flatnonzero(above[worst:] <= 0)
+    back = np.flatnonzero(above[worst:] < LEAST)
     if not back.size:
-        return f"{signed(above[worst])} at worst,\nnot back"
-    return f"{signed(above[worst])} at worst,\nback after {text(at[worst + back[0]] - at[0], unit)}"
+        return f"{signed(above[worst], 3)} at worst,\nnot back"
+    after = text(at[worst + back[0]] - at[0], unit)
+    return f"{signed(above[worst], 3)} at worst,\nback after {after}"
 
 
 def loads(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +112,7 @@ def draw_load(axes: "Axes", phases: list[Stretch], unit: str) -> None:
     axes.invert_yaxis()
     count = round(axes.get_ylim()[0])
     shown = range(0, count, 1 + count // 13)
-    axes.set_yticks([layer + 0.5 for layer in shown], [f"{layer + 1}" for layer in shown], size=7)
+    axes.set_yticks([layer + 0.5 for layer in shown], [f"{layer}" for layer in shown], size=7)
     draw_scale(axes)
 
 

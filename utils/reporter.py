@@ -9,7 +9,7 @@ from transfer.view import exact_matmul
 from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
 from utils.header import progress
-from utils.history import read, select
+from utils.history import before_growth, read
 from utils.lab import Lab
 from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import Optimizer
@@ -31,7 +31,7 @@ class Reporter:
         self.forecast = (
             Forecast(lab.stages, lab.device) if (stage.number, self.step) == (1, 0) else None
         )
-        self.at_growth = loss_at_growth(stage, lab) if self.step else None
+        self.before = before_growth(read(lab.history.path), stage.number)
         self.twins = twin_rows(lab.run.model, stage.growth)
         self.last: dict[str, float] = {}
         self.bar = tqdm(
@@ -84,16 +84,15 @@ class Reporter:
         loss, found = evaluate(optimizer.model, self.lab, self.lab.dtype)
         check_finite({"valid_loss": loss}, self.where)
         self.last["valid_loss"] = loss
-        if self.stage.phase.grow is not None:
-            self.at_growth = loss if self.at_growth is None else self.at_growth
-            found["above_growth"] = loss - self.at_growth
         weights = optimizer.weights()
-        if self.settles and not self.lab.run.training.lean:
+        if self.settles:
             found["valid_loss_fp32"] = (
                 loss
                 if self.lab.dtype == torch.float32
                 else loss_fp32(streamed(self.stage.config, weights), self.lab)
             )
+        if self.before is not None:
+            found["above_growth"] = found.get("valid_loss_fp32", loss) - self.before
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
@@ -105,21 +104,14 @@ class Reporter:
         self.lab.note(self.stage, event, step=self.step, tokens=tokens, **values)
 
 
-def loss_at_growth(stage: Stage, lab: Lab) -> float | None:
-    """What a phase that is gone on with evaluated to before its first step."""
-    for event in select(read(lab.history.path), "eval"):
-        if (event["phase"], event["step"]) == (stage.number, 0):
-            return event["valid_loss"]
-    return None
-
-
 @torch.no_grad()
 def evaluate(model: SLM, lab: Lab, dtype: torch.dtype) -> tuple[float, dict]:
     """Loss on the held-out windows, products in `dtype`, and how the experts are used: the share of
     choices that each layer's experts got, the share of experts that dropped out, and ROUTING."""
     loss = torch.zeros((), device=lab.device)
     loads, routings = [], []
-    for rows in lab.valid.split(EVAL_SEQUENCES):
+    at_once = lab.run.training.micro_batch_size or EVAL_SEQUENCES
+    for rows in lab.valid.split(min(at_once, EVAL_SEQUENCES)):
         share = len(rows) / len(lab.valid)
         with autocast(lab.device, dtype):
             out = model(rows[:, :-1])

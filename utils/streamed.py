@@ -1,12 +1,28 @@
-"""A model that is never there as a whole, for weights that are put together when needed."""
+"""Weights that are put together when they are needed, and a model that never has all of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
 from models import SLM
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made anew whenever it is asked for."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]):
+        self.names, self.make = names, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def streamed(config: ModelConfig, weights: Mapping[str, Tensor]) -> SLM:
