@@ -39,6 +39,9 @@ def test_every_arm_starts_from_the_same_model_and_is_trained_once(small, capsys)
     assert len(ends) == 8, "arms and seeds differ"
     main(options)
     assert "step 2/2" not in capsys.readouterr().out, "what is finished is not run again"
+    moved = replace(small, data=replace(small.data, cache=small.out.parent / "elsewhere"))
+    main(replace(options, run=moved))
+    assert "step 2/2" not in capsys.readouterr().out, "wherever its tokens lie"
     main(replace(options, run=replace(small, training=replace(TRAINING, steps_phase2=3))))
     assert capsys.readouterr().out.count("moe) step 3/3") == 8, "unless its settings have changed"
 

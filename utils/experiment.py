@@ -34,11 +34,11 @@ from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import Corpus, check_length, prepare
 from utils.device import choose_device, reset_peak_memory
-from utils.history import HISTORY, History, read
+from utils.history import HISTORY, History, header, read
 from utils.lab import Lab, record_start
 from utils.optimizer import home
 from utils.output import claimed, is_finished, within_memory
-from utils.resume import Keeper, Place, identity, latest
+from utils.resume import Keeper, Place, binding, identity, latest
 from utils.schedule import may_fuse, stages
 
 
@@ -206,8 +206,8 @@ def shared(run: Run, corpus: Corpus, device: torch.device) -> State:
 
 def train_arm(run: Run, state: State, corpus: Corpus, device: torch.device) -> list[dict]:
     """The history of the last phase of `run`, grown out of `state`, which is left as it was."""
-    path, config = run.out / HISTORY, json.loads(json.dumps(asdict(run), default=os.fspath))
-    if path.exists() and is_finished(run.out) and read(path)[0]["config"] == config:
+    path = run.out / HISTORY
+    if is_trained(run, corpus):
         return read(path)
     found = stages(run)
     stage = found[-1]
@@ -224,6 +224,15 @@ def train_arm(run: Run, state: State, corpus: Corpus, device: torch.device) -> l
             train(state, stage, lab, Place.first(stage.number, history, history.now()))
             history("end", tokens=stage.tokens_at(stage.phase.steps))
     return read(path)
+
+
+def is_trained(run: Run, corpus: Corpus) -> bool:
+    """Whether the arm is there already, on the same text and with the same settings."""
+    if not ((run.out / HISTORY).exists() and is_finished(run.out)):
+        return False
+    told, wanted = header(read(run.out / HISTORY)), json.dumps(asdict(run), default=os.fspath)
+    alike = binding(told["config"]) == binding(json.loads(wanted))
+    return alike and told["fingerprint"] == corpus.fingerprint
 
 
 def first_state(run: Run, device: torch.device) -> State:

@@ -17,7 +17,8 @@ from utils.resume import Place
 from utils.schedule import Stage, lr_at
 from utils.streamed import streamed
 
-EVAL_SEQUENCES = 8
+EVAL_SEQUENCES, LEAN_SEQUENCES = 8, 2
+"""Evaluated at a time: a lean run must not need more for it than for a step of one sequence."""
 SETTLING = (0, 10, 50, 200)
 """Steps after a growth at which the loss is also taken in float32."""
 
@@ -110,8 +111,8 @@ def evaluate(model: SLM, lab: Lab, dtype: torch.dtype) -> tuple[float, dict]:
     choices that each layer's experts got, the share of experts that dropped out, and ROUTING."""
     loss = torch.zeros((), device=lab.device)
     loads, routings = [], []
-    at_once = lab.run.training.micro_batch_size or EVAL_SEQUENCES
-    for rows in lab.valid.split(min(at_once, EVAL_SEQUENCES)):
+    at_once = LEAN_SEQUENCES if lab.run.training.lean else EVAL_SEQUENCES
+    for rows in lab.valid.split(at_once):
         share = len(rows) / len(lab.valid)
         with autocast(lab.device, dtype):
             out = model(rows[:, :-1])
