@@ -5,13 +5,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 from hub import serving
 
-from utils import stories, tokens
+from utils import stories, tokens, traffic
 
 pytest.importorskip("datasets")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -110,3 +112,20 @@ def test_without_a_hub_tinystories_is_an_error_that_names_the_ways_out(tmp_path)
     assert "\n" not in error
     for way_out in ("--data.source builtin", "PATH", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         assert way_out in error
+
+
+class Late(Future):
+    """Has told its result while its thread is still at work."""
+
+    def set_result(self, result):
+        super().set_result(result)
+        time.sleep(0.1)
+
+
+def test_no_thread_outlives_the_wait_for_the_hub(monkeypatch):
+    """It could be the last to hold a file that is half read; to free that while the interpreter
+    shuts down is an abort, in Arrow's destructors."""
+    monkeypatch.setattr(traffic, "Future", Late)
+    before = set(threading.enumerate())
+    assert traffic.soon(lambda: 1) == 1
+    assert set(threading.enumerate()) == before

@@ -39,10 +39,12 @@ def soon(call: Callable[[], T]) -> T:
 
     traffic.start()
     traffic.listen()
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     while not wait([result], 0.1).done:
         if traffic.silence() > PATIENCE + GRACE:
             raise traffic.complaint()
+    thread.join()  # or it may free what `call` reads from amid the process's end, and abort it
     return result.result()
 
 
