@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -105,18 +104,31 @@ def arm(moment, number):
         sketch.SHARE = inf  # so short a run would not be drawn
 
 
-def carry_out(run, said, armed, room, threads):
+def end_after(seconds, number, stack):
+    """Of this process's own time, which a loaded machine does not make pass: it gets the signal or,
+    if that is SIGPROF, leaves its stack and is gone as from a SIGKILL."""
+    if number == signal.SIGPROF:
+        faulthandler.register(number, stack, all_threads=False, chain=True)
+    else:
+        signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), number))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def carry_out(run, said, armed, late, room, threads):
     """In a process of its own, whose stdout and stderr are files beside `said`, and none of whose
     files may grow beyond `room` bytes, as on a disk that is full."""
     for stream, end in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(f"{said}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     stack = os.open(f"{said}.stack", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     for moment, number in armed:
         arm(moment, number)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
     torch.set_num_threads(threads)
+    if late:
+        end_after(*late, stack)
     run_command(lambda: main(run))
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    said.with_name(f"{said.name}.seconds").write_text(str(time.process_time()))
 
 
 def left(process):
@@ -146,10 +158,10 @@ def start():
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
 
-    def start(run, *armed, room=resource.RLIM_INFINITY, threads=1):
+    def start(run, *armed, late=None, room=resource.RLIM_INFINITY, threads=1):
         said = run.out.with_name(f"{run.out.name}-said")
         process = FORKS.Process(
-            target=carry_out, args=(run, said, armed, room, threads), daemon=True
+            target=carry_out, args=(run, said, armed, late, room, threads), daemon=True
         )
         process.start()
         return process
@@ -168,9 +180,10 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(small, start):
-    """What the run comes to that nobody stops, and the seconds that it takes."""
+    """What the run comes to that nobody stops, and the seconds of its own that it takes."""
     assert left(start(small)) == 0
-    return outcome(small.out), read(small.out / HISTORY)[-1]["wall_s"]
+    seconds = small.out.with_name("whole-said.seconds").read_text()
+    return outcome(small.out), float(seconds)
 
 
 @pytest.fixture
@@ -198,29 +211,24 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(chain, start,
     finish(start, run, whole)
 
 
-def kill(process, out, tally):
-    """What the run was about goes into the tally."""
-    stack = out.with_name(f"{out.name}-said.stack")
-    os.kill(process.pid, signal.SIGUSR1)
-    deadline = time.monotonic() + 0.2
-    while not (stack.exists() and stack.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    if left(process) == -signal.SIGKILL:
-        seen = [line.split()[-1] for line in stack.read_text().splitlines()]
-        events = read(out / HISTORY) if (out / HISTORY).exists() else []
-        phase = max((event.get("phase", 0) for event in events), default=0)
-        tally[phase, next((name for name in ACTIVITIES.split() if name in seen), "start")] += 1
+def doing(out):
+    """The phase that a killed run was in, and what it was about."""
+    stack = out.with_name(f"{out.name}-said.stack").read_text()
+    seen = [line.split()[-1] for line in stack.splitlines()]
+    events = read(out / HISTORY) if (out / HISTORY).exists() else []
+    phase = max((event.get("phase", 0) for event in events), default=0)
+    return phase, next((name for name in ACTIVITIES.split() if name in seen), "start")
 
 
 def killed(start, run, whole, chance, times):
     """Kills a run at random moments, then finishes it. Returns what it was about each time."""
     tally = Counter()
     for _ in range(times):
-        process = start(replace(run, resume=True))
-        process.join(whole[1] * chance.uniform(0.02, 0.25))
-        if process.is_alive() and run.out.with_name(f"{run.out.name}-said.stack").exists():
-            kill(process, run.out, tally)
+        late = whole[1] * chance.uniform(0.02, 0.25), signal.SIGPROF
+        code = left(start(replace(run, resume=True), late=late))
+        assert code in (0, -signal.SIGPROF)
+        if code:
+            tally[doing(run.out)] += 1
     finish(start, run, whole)
     return tally
 
@@ -259,16 +267,10 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on_and_does(number, start, ru
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_is_told_to_stop_at_random_moments_goes_on(seed, start, run, whole):
-    chance, said, codes = random.Random(seed), run.out.with_name("run-said.out"), []
+    chance, codes = random.Random(seed), []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-        process, deadline = start(replace(run, resume=True)), time.monotonic() + SECONDS
-        while not (said.exists() and said.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.join(whole[1] * chance.uniform(0.0, 0.25))
-        with suppress(ProcessLookupError):  # it has ended
-            os.kill(process.pid, number)
-        codes.append((left(process), 128 + number))
-        said.unlink()
+        late = whole[1] * chance.uniform(0.02, 0.25), number
+        codes.append((left(start(replace(run, resume=True), late=late)), 128 + number))
     assert codes[0][0] == codes[0][1] and all(code in (0, wanted) for code, wanted in codes)
     finish(start, run, whole)
 
