@@ -88,22 +88,22 @@ def test_the_run_as_it_stands_is_an_arm_of_several_experiments_and_trained_for_a
 
 def test_differences_within_the_seeds_spread_are_ties():
     def history(loss, later):
+        there = {"phase": 2, "phase_name": "moe"}
         return [
-            {"event": "grow", "valid_loss_fp32": 2.0},
-            {"event": "eval", "step": 0, "valid_loss": 9.0, "valid_loss_fp32": 2.0 + later}
-            | {"above_growth": later},
-            {"event": "eval", "step": 9, "valid_loss": loss, "twin_distance": 0.1},
+            {"event": "grow", **there, "valid_loss_fp32": 2.0},
+            {"event": "eval", **there, "step": 0, "valid_loss": 9.0, "valid_loss_fp32": later},
+            {"event": "eval", **there, "step": 9, "valid_loss": loss, "twin_distance": 0.1},
             {"event": "end", "wall_s": 3.0},
         ]
 
     arms = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5)}
-    text = report({arm: [history(x, 0.25) for x in losses] for arm, losses in arms.items()})
+    text = report({arm: [history(x, 2.25) for x in losses] for arm, losses in arms.items()})
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:4]}
     assert [rows[arm][2] for arm in arms] == ["best", "tie", "+0.4000"]
     assert rows["a"] == ["1.1000", "0.2000", "best", "0.100", "-", "-", "3"]
     assert text.splitlines()[-1].split() == ["c", "+0.2500"]
     assert "one seed" not in text
-    text = report({arm: [history(losses[0], 0.25)] for arm, losses in arms.items()})
+    text = report({arm: [history(losses[0], 2.25)] for arm, losses in arms.items()})
     assert "one seed an arm: chance alone" in text
     assert text.splitlines()[2].split()[:4] == ["b", "1.1000", "-", "+0.1000"]
 

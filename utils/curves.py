@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.along import Stretch, curve, stretches
-from utils.history import header, select
+from utils.history import above_growth, before_growth, header, select
 from utils.units import duration, short
 
 if TYPE_CHECKING:
@@ -63,14 +63,18 @@ def params(events: list[dict], number: int) -> str:
     return " of ".join(map(short, known)) + " params" * (len(known) == 1)
 
 
-def above_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
+def since_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
     """Places, and how far the validation loss was above that before the phase's growth."""
-    return curve(phase.events, "eval", "above_growth")
+    before = before_growth(phase.events, phase.number)
+    if before is None:
+        return np.empty(0), np.empty(0)
+    evals = select(phase.events, "eval")
+    return np.array([e["at"] for e in evals]), np.array([above_growth(e, before) for e in evals])
 
 
 def gained(phase: Stretch) -> float:
     """What the phase, with the growth that began it, did to the validation loss."""
-    above, losses = above_growth(phase)[1], curve(phase.events, "eval")[1]
+    above, losses = since_growth(phase)[1], curve(phase.events, "eval")[1]
     if above.size:
         return above[-1]
     return losses[-1] - losses[0] if len(losses) > 1 else 0.0

@@ -85,11 +85,17 @@ def before_growth(events: list[dict], phase: int) -> float | None:
     return grows[-1].get("valid_loss_fp32") if grows else None
 
 
+def above_growth(evaluation: dict, before: float) -> float:
+    """How far the held-out loss is above what it was before the growth; in float32, if known."""
+    return evaluation.get("valid_loss_fp32", evaluation["valid_loss"]) - before
+
+
 def settled(events: list[dict], grow: dict) -> dict[int, float]:
-    """By step of the phase that began with `grow`: how far the held-out loss was above what it had
-    been before, where it was taken in float32."""
-    evals = [event for event in select(events, "eval") if event.get("phase") == grow.get("phase")]
-    return {e["step"]: e["above_growth"] for e in evals if "valid_loss_fp32" in e}
+    """The same by step of the phase that began with `grow`, where it was taken in float32."""
+    before = before_growth(events, grow["phase"])
+    evals = [event for event in select(events, "eval") if event["phase"] == grow["phase"]]
+    known = [event for event in evals if "valid_loss_fp32" in event]
+    return {} if before is None else {e["step"]: above_growth(e, before) for e in known}
 
 
 def header(events: list[dict]) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.alive import STARVING
 from utils.along import Stretch, curve, text
-from utils.curves import BAD, GOOD, above_growth, note_size, signed
+from utils.curves import BAD, GOOD, note_size, signed, since_growth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ class Panel(NamedTuple):
 def panels(phases: list[Stretch]) -> list[Panel]:
     """Those that the run's phases tell enough for."""
     found = []
-    if any(above_growth(phase)[0].size > 1 for phase in phases):
+    if any(since_growth(phase)[0].size > 1 for phase in phases):
         found.append(Panel(1.2, draw_since_growth))
     if layers := max(load.shape[1] if len(load) else 0 for _, load in map(loads, phases)):
         found.append(Panel(min(1 + 0.12 * layers, 3), draw_load))
@@ -53,7 +53,7 @@ def draw_since_growth(axes: "Axes", phases: list[Stretch], unit: str) -> None:
     headline(axes, "Validation loss above that before the growth, in nats")
     axes.axhline(0, color="black", linewidth=0.8)
     for phase in phases:
-        at, above = above_growth(phase)
+        at, above = since_growth(phase)
         if len(at) < 2:
             continue
         axes.plot(at, above, "o-", color="#555555", markersize=3, linewidth=1)

@@ -9,7 +9,7 @@ from transfer.view import exact_matmul
 from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
 from utils.header import progress
-from utils.history import before_growth, read
+from utils.history import above_growth, before_growth, read
 from utils.lab import Lab
 from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import Optimizer
@@ -93,7 +93,7 @@ class Reporter:
                 else loss_fp32(streamed(self.stage.config, weights), self.lab)
             )
         if self.before is not None:
-            found["above_growth"] = found.get("valid_loss_fp32", loss) - self.before
+            found["above_growth"] = above_growth(found | {"valid_loss": loss}, self.before)
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))
