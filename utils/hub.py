@@ -53,6 +53,9 @@ def texts(name: str, text_field: str) -> dict[str, Callable[[], Iterator[str]]]:
         discard_damaged(name)
         revision = REVISIONS.get(name)
         splits = soon(lambda: datasets.load_dataset(name, revision=revision, streaming=True))
+    columns = next(iter(splits.values())).column_names  # or None; its splits have the same
+    if columns and text_field not in columns:  # once rows are read, Arrow's threads hold the file:
+        raise no_text(name, text_field, columns)  # one that frees it amid the process's end aborts
     read: Counter[str] = Counter()
     return {
         str(split): lambda rows=rows: column(name, rows, text_field, read)
@@ -69,16 +72,18 @@ def column(name: str, rows: Iterable[dict], text_field: str, read: Counter[str])
             while some := soon(lambda: list(islice(left, ROWS))):
                 for row in some:
                     if not isinstance(row.get(text_field), str):
-                        have = ", ".join(row)
-                        raise InputError(
-                            f"data.text_field = {text_field}: {name} has no such text ({have})"
-                        )
+                        raise no_text(name, text_field, row)
                     read[name] += 1
                     yield row[text_field]
     except Unreachable as error:
         if not read[name]:
             raise
         raise InputError(f"{error}; {read[name]:,} texts had come: run again") from error
+
+
+def no_text(name: str, text_field: str, columns: Iterable[str]) -> InputError:
+    have = ", ".join(columns)
+    return InputError(f"data.text_field = {text_field}: {name} has no such text ({have})")
 
 
 def file(repo: str, name: str, what: str = "data.tokenizer", ways_out: str = WAYS_OUT) -> Path:
