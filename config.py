@@ -175,7 +175,7 @@ class Limits(NamedTuple):
 TIGHT = Limits(1e-4, 1e-4)
 """For growth that keeps the function: what rounding leaves."""
 LOOSE = Limits(inf, 2.0)
-"""For growth that does not: four times what redrawing half of each expert costs (GROWTH.md)."""
+"""For growth that does not: four times what redrawing half of each expert cost (GROWTH.md)."""
 
 
 def check_limits(how: "Growth") -> None:
@@ -205,8 +205,8 @@ class Upcycle:
     """Share of each expert's inner dimensions drawn anew (Drop-Upcycling takes 0.5): the experts
     begin apart, and the function is not kept."""
     max_logit_drift: float | None = None
-    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and any where
-    a part is redrawn."""
+    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and without
+    limit where a part is redrawn."""
     max_loss_drift: float | None = None
     """Largest change of the probe loss allowed, in nats. None: 1e-4, and 2 where a part is
     redrawn."""
@@ -277,8 +277,8 @@ class Deepen:
     """identity: output projections of zero, so that the function is kept. copy: each run of new
     blocks repeats the old ones before it (G_stack), which changes the function."""
     max_logit_drift: float | None = None
-    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and any for
-    copies."""
+    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and without
+    limit for copies."""
     max_loss_drift: float | None = None
     """Largest change of the probe loss allowed, in nats. None: 1e-4, and 2 for copies."""
 

@@ -1,8 +1,10 @@
+import os
+
 import pytest
 import torch
 
 from config import InputError
-from utils.device import choose_device, training_dtype
+from utils.device import choose_device, small_workspaces, training_dtype
 
 
 def test_auto_is_the_best_device_of_this_machine():
@@ -29,3 +31,12 @@ def test_auto_precision_is_bf16_on_cuda_and_not_on_mps():
         assert training_dtype("fp32", device) == torch.float32
         assert training_dtype("bf16", device) == torch.bfloat16
         assert (training_dtype("auto", device) == torch.bfloat16) == (kind == "cuda")
+
+
+def test_small_workspaces_leave_what_was_set_by_hand(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUBLASLT_WORKSPACE_SIZE", "unset after the test")
+    monkeypatch.delenv("CUBLASLT_WORKSPACE_SIZE")
+    small_workspaces()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert os.environ["CUBLASLT_WORKSPACE_SIZE"] == "8192"

@@ -42,6 +42,10 @@ def test_every_arm_starts_from_the_same_model_and_is_trained_once(small, capsys)
     moved = replace(small, data=replace(small.data, cache=small.out.parent / "elsewhere"))
     main(replace(options, run=moved))
     assert "step 2/2" not in capsys.readouterr().out, "wherever its tokens lie"
+    fewer = replace(small, training=replace(TRAINING, micro_batch_size=1))
+    main(replace(options, run=fewer, arms=("copies",)))
+    assert capsys.readouterr().out.count("moe) step 2/2") == 2, "unless it would come out otherwise"
+    assert "router" not in capsys.readouterr().out
     main(replace(options, run=replace(small, training=replace(TRAINING, steps_phase2=3))))
     assert capsys.readouterr().out.count("moe) step 3/3") == 8, "unless its settings have changed"
 
@@ -86,7 +90,7 @@ def test_the_run_as_it_stands_is_an_arm_of_several_experiments_and_trained_for_a
     assert list(carry) == ["reset"]
 
 
-def test_differences_within_the_seeds_spread_are_ties():
+def test_differences_without_one_sign_or_within_their_own_spread_are_ties():
     def history(loss, later):
         there = {"phase": 2, "phase_name": "moe"}
         return [
@@ -96,12 +100,12 @@ def test_differences_within_the_seeds_spread_are_ties():
             {"event": "end", "wall_s": 3.0},
         ]
 
-    arms = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5)}
+    arms = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5), "d": (1.001, 1.7)}
     text = report({arm: [history(x, 2.25) for x in losses] for arm, losses in arms.items()})
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:4]}
-    assert [rows[arm][2] for arm in arms] == ["best", "tie", "+0.4000"]
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:5]}
+    assert [rows[arm][2] for arm in arms] == ["best", "tie", "+0.4000", "tie"]
     assert rows["a"] == ["1.1000", "0.2000", "best", "0.100", "-", "-", "3"]
-    assert text.splitlines()[-1].split() == ["c", "+0.2500"]
+    assert text.splitlines()[-1].split() == ["d", "+0.2500"]
     assert "one seed" not in text
     text = report({arm: [history(losses[0], 2.25)] for arm, losses in arms.items()})
     assert "one seed an arm: chance alone" in text

@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 
 from config import InputError
-from utils.history import HISTORY, History, read
+from utils.history import HISTORY, History, above_growth, read, settled
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +111,18 @@ def test_pandas_reads_a_column_for_each_field_and_the_readmes_lines_plot_them(fo
     shown = [line.get_label() for line in made["axes"].get_lines()]
     assert shown == ["loss", "valid_loss"]
     assert all(len(line.get_xdata()) > 20 for line in made["axes"].get_lines())
+
+
+def test_what_a_growth_cost_is_told_free_of_what_the_precision_of_training_makes_of_a_loss():
+    """Evaluations in bf16 are off float32's by 0.01 here; the growth itself cost 0.3."""
+    events = [
+        {"event": "eval", "phase": 1, "step": 9, "valid_loss": 2.01},
+        {"event": "grow", "phase": 2, "valid_loss_fp32": 2.0},
+        {"event": "eval", "phase": 2, "step": 0, "valid_loss": 2.31, "valid_loss_fp32": 2.3},
+        {"event": "eval", "phase": 2, "step": 10, "valid_loss": 2.2, "valid_loss_fp32": 2.195},
+        {"event": "eval", "phase": 2, "step": 20, "valid_loss": 2.11},
+        {"event": "eval", "phase": 3, "step": 0, "valid_loss": 2.11},
+    ]
+    assert above_growth(events, 2) == pytest.approx([0.3, 0.195, 0.1])
+    assert settled(events, 2) == pytest.approx({0: 0.3, 10: 0.195})
+    assert above_growth(events, 1) == above_growth(events, 3) == []

@@ -128,4 +128,4 @@ def test_no_thread_outlives_the_wait_for_the_hub(monkeypatch):
     monkeypatch.setattr(traffic, "Future", Late)
     before = set(threading.enumerate())
     assert traffic.soon(lambda: 1) == 1
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before

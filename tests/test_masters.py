@@ -145,7 +145,11 @@ def test_the_lean_optimizer_keeps_weights_and_trains_alike(config):
         for i in range(steps):
             optimizer.set_lr(1e-3)
             loss = training_step(optimizer, settings, BF16, tokens[i % 4])
-        return loss[0].item() if steps else None, optimizer.rest()
+        at_work = {name: weight.cpu() for name, weight in optimizer.weights().items()}
+        at_rest = optimizer.rest()
+        for name, weight in at_rest.weights.items():
+            assert torch.equal(at_work[name], weight.cpu()), name
+        return loss[0].item() if steps else None, at_rest
 
     start = at_rest(config)
     _, kept = trained(lean, 0, start)

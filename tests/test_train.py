@@ -126,8 +126,10 @@ def test_the_loss_in_float32_goes_on_from_where_growing_found_it(finished):
     for event in settling:
         assert event["valid_loss_fp32"] == pytest.approx(before[event["phase"]], abs=1e-5)
         assert event["above_growth"] == event["valid_loss_fp32"] - before[event["phase"]]
+    off = {event["phase"]: event["valid_loss"] - event["valid_loss_fp32"] for event in settling}
     for event in (e for e in select(events, "eval") if e["phase"] > 1 and e not in settling):
-        assert event["above_growth"] == event["valid_loss"] - before[event["phase"]] != 0
+        want = event["valid_loss"] - off[event["phase"]] - before[event["phase"]]
+        assert event["above_growth"] == pytest.approx(want) != 0
     assert all("above_growth" not in e for e in select(events, "eval") if e["phase"] == 1)
 
 

@@ -196,21 +196,20 @@ def grow(
 def broken_laws(drift: Drift, how: Growth) -> list[str]:
     """One phrase for each law that does not hold. A NaN breaks every law that it enters."""
     limits = {
-        "a logit moved by {:.3g}": (drift.max_logit_diff, how.limits.logit),
-        "the loss moved by {:.3g}": (abs(drift.loss_drift), how.limits.loss),
+        "a logit moved by {:.3g} (max_logit_drift: {:g})": (drift.max_logit_diff, how.limits.logit),
+        "the loss moved by {:.3g} (max_loss_drift: {:g})": (abs(drift.loss_drift), how.limits.loss),
     }
     if how.exact:
-        limits["the routing of {:.0f} probe tokens changed"] = (drift.flipped, drift.flips_allowed)
+        what = "the routing of {:.0f} probe tokens changed (allowed: {:g})"
+        limits[what] = (drift.flipped, drift.flips_allowed)
     if drift.structure_error is not None:
-        what = "weights are off their copies by a relative {:.3g}"
+        what = "weights are off their copies by a relative {:.3g} (allowed: {:g})"
         limits[what] = (drift.structure_error, STRUCTURE_ALLOWED)
     if drift.router_std is not None:
-        off = abs(drift.router_std - 1)
-        limits["a router's spread is off Xavier's by {:.3g}"] = (off, ROUTER_ALLOWED)
+        what = "a router's spread is off Xavier's by {:.3g} (allowed: {:g})"
+        limits[what] = (abs(drift.router_std - 1), ROUTER_ALLOWED)
     broken = [
-        f"{what.format(value)} (allowed: {limit:g})"
-        for what, (value, limit) in limits.items()
-        if not value <= limit
+        what.format(value, limit) for what, (value, limit) in limits.items() if not value <= limit
     ]
     if isinstance(how, Widen) and how.noise and how.factor > 1 and drift.twin_distance == 0:
         broken.append("the copies are alike in spite of the noise")

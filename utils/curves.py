@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.along import Stretch, curve, stretches
-from utils.history import above_growth, before_growth, header, select
+from utils.history import above_growth, header, select
 from utils.units import duration, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LEAST = 5e-4
+"""Nats: what three decimals do not show is as good as before."""
 GOOD, BAD, TRAIN, SMOOTH = "#0072B2", "#B84600", "#BFC5CC", "#7D858F"
 
 
@@ -36,7 +38,7 @@ def draw_phase(axes: "Axes", phase: Stretch, about: str, size: float) -> None:
     corner = partial(note, xy=(phase.start, 1), xycoords=axes.get_xaxis_transform())
     corner(f"{phase.number} {phase.name}", xytext=(4, 8 + 2.6 * size), **bold)
     corner(about, xytext=(4, 6 + 1.3 * size), size=size)
-    paid = gained(phase) <= 0
+    paid = gained(phase) < LEAST
     corner(gain(phase), xytext=(4, 6), size=size, color=GOOD if paid else BAD)
     for grow in select(phase.events, "grow"):
         corner(drift(grow), xytext=(4, -4), va="top", size=size - 0.5, color=BAD)
@@ -65,11 +67,8 @@ def params(events: list[dict], number: int) -> str:
 
 def since_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
     """Places, and how far the validation loss was above that before the phase's growth."""
-    before = before_growth(phase.events, phase.number)
-    if before is None:
-        return np.empty(0), np.empty(0)
-    evals = select(phase.events, "eval")
-    return np.array([e["at"] for e in evals]), np.array([above_growth(e, before) for e in evals])
+    above = np.array(above_growth(phase.events, phase.number))
+    return curve(phase.events, "eval")[0][: len(above)], above
 
 
 def gained(phase: Stretch) -> float:

@@ -26,9 +26,8 @@ def devices() -> list[str]:
 
 
 def small_workspaces() -> None:
-    """cuBLAS works in 8 MB in place of 32 on each stream, and cublasLt likewise: 50 MB less in a
-    lean run, whose products lose nothing by it. Set by hand they stay; to be called before the
-    first product."""
+    """cuBLAS works in 8 MB in place of 32 on each stream, and cublasLt likewise: 50 MB less at the
+    peak of a lean run. What is set by hand stays. To be called before the first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")
 

@@ -33,13 +33,16 @@ from utils.arms import report
 from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import Corpus, check_length, prepare
-from utils.device import choose_device, reset_peak_memory
+from utils.device import choose_device, reset_peak_memory, small_workspaces
 from utils.history import HISTORY, History, header, read
 from utils.lab import Lab, record_start
 from utils.optimizer import home
 from utils.output import claimed, is_finished, within_memory
-from utils.resume import Keeper, Place, binding, identity, latest
+from utils.resume import Keeper, Place, flat, identity, latest
 from utils.schedule import may_fuse, stages
+
+IDLE = ("data.", "dry_run", "out", "overwrite", "resume", "tracker", "training.checkpoint_every")
+"""Settings that an arm comes out the same with; of data, the tokens themselves are compared."""
 
 
 class Arms(NamedTuple):
@@ -104,7 +107,7 @@ class Experiment:
     arms: tuple[str, ...] = ()
     """Only these, by name; none: all."""
     seeds: int = 2
-    """Of each arm. Differences within the seeds' spread are ties."""
+    """Of each arm. Arms are compared at the same seed, which is the same text in the same order."""
     run: Run = field(default_factory=full)
     """What all arms have in common; `run.out` holds a folder for each arm, and what they share."""
 
@@ -230,9 +233,13 @@ def is_trained(run: Run, corpus: Corpus) -> bool:
     """Whether the arm is there already, on the same text and with the same settings."""
     if not ((run.out / HISTORY).exists() and is_finished(run.out)):
         return False
-    told, wanted = header(read(run.out / HISTORY)), json.dumps(asdict(run), default=os.fspath)
-    alike = binding(told["config"]) == binding(json.loads(wanted))
-    return alike and told["fingerprint"] == corpus.fingerprint
+    told = header(read(run.out / HISTORY))
+    wanted = json.loads(json.dumps(asdict(run), default=os.fspath))
+    was, now = (
+        {name: value for name, value in flat(config).items() if not name.startswith(IDLE)}
+        for config in (told.get("config", {}), wanted)
+    )
+    return was == now and told["fingerprint"] == corpus.fingerprint
 
 
 def first_state(run: Run, device: torch.device) -> State:
@@ -245,11 +252,16 @@ def main(options: Experiment) -> None:
     device = choose_device(run.device)
     fused.enabled = may_fuse(run, stages(run))
     keep_freed_memory()
+    if run.training.lean:
+        small_workspaces()
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)
     model = replace(run.model, vocab_size=run.model.vocab_size or corpus.vocab_size)
     options = replace(options, run=replace(run, model=model))
     arms = options.runs()
+    for name in options.arms or EXPERIMENTS[options.name].names:
+        if name not in arms:
+            tqdm.write(f"{name} is left out: it comes to the same growth as an arm before it")
     state = shared(options.trunk(), corpus, device)
     histories = {}
     for arm, runs in arms.items():

@@ -132,7 +132,8 @@ def phase_row(event: dict) -> tuple[str, ...]:
 
 def then(grow: dict, events: list[dict]) -> str:
     """How far the held-out loss, in float32, was above what it had been, after so many steps."""
-    return ", ".join(f"{above:+.3f} at {step}" for step, above in settled(events, grow).items())
+    above = settled(events, grow["phase"])
+    return ", ".join(f"{loss:+.3f} at {step}" for step, loss in above.items())
 
 
 def transition_row(event: dict) -> tuple[str, ...]:

@@ -79,23 +79,26 @@ def select(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
 
-def before_growth(events: list[dict], phase: int) -> float | None:
-    """The held-out loss, in float32, that the phase's model had before it grew, if it did."""
-    grows = [event for event in select(events, "grow") if event.get("phase") == phase]
-    return grows[-1].get("valid_loss_fp32") if grows else None
+def above_growth(events: list[dict], phase: int) -> list[float]:
+    """At each evaluation of the phase: how far the held-out loss was above what it had been before
+    the phase's growth; empty where there was none. Both are in float32 where the evaluation tells
+    it so; else the loss is taken to be off float32's by as much as it was right after the growth.
+    """
+    own = [event for event in events if event.get("phase") == phase]
+    before = [event.get("valid_loss_fp32") for event in select(own, "grow")]
+    evals = select(own, "eval")
+    if not evals or not before or before[-1] is None:
+        return []
+    off = evals[0]["valid_loss"] - evals[0].get("valid_loss_fp32", evals[0]["valid_loss"])
+    losses = [event.get("valid_loss_fp32", event["valid_loss"] - off) for event in evals]
+    return [loss - before[-1] for loss in losses]
 
 
-def above_growth(evaluation: dict, before: float) -> float:
-    """How far the held-out loss is above what it was before the growth; in float32, if known."""
-    return evaluation.get("valid_loss_fp32", evaluation["valid_loss"]) - before
-
-
-def settled(events: list[dict], grow: dict) -> dict[int, float]:
-    """The same by step of the phase that began with `grow`, where it was taken in float32."""
-    before = before_growth(events, grow["phase"])
-    evals = [event for event in select(events, "eval") if event["phase"] == grow["phase"]]
-    known = [event for event in evals if "valid_loss_fp32" in event]
-    return {} if before is None else {e["step"]: above_growth(e, before) for e in known}
+def settled(events: list[dict], phase: int) -> dict[int, float]:
+    """The same by step, where it was taken in float32."""
+    evals = [event for event in select(events, "eval") if event["phase"] == phase]
+    above = zip(evals, above_growth(events, phase), strict=False)
+    return {event["step"]: loss for event, loss in above if "valid_loss_fp32" in event}
 
 
 def header(events: list[dict]) -> dict:

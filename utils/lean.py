@@ -86,16 +86,10 @@ class Lean:
         return Lazy(self.names, self.master)
 
     def master(self, name: str) -> Tensor:
-        """In float32."""
+        """In float32; what is so at work, the very one."""
         leaf, part = self.copies[name]
-        return place(self.whole(leaf), part).contiguous()
-
-    def whole(self, leaf: Tensor) -> Tensor:
-        """A leaf in float32."""
-        kept = self.adamw.state[leaf]
-        if "error_bits" not in kept:
-            return leaf.detach()
-        return reconstruct_fp32_param(leaf.detach(), kept["error_bits"])
+        bits = self.adamw.state[leaf].get("error_bits")
+        return part if bits is None else reconstruct_fp32_param(part, place(bits, part))
 
     def snapshot(self) -> State:
         return self.rest()
@@ -105,7 +99,7 @@ class Lean:
         weights, adam = {}, {name: {} for name in self.names}
         for leaf, parts in zip(self.leaves, self.parts, strict=True):
             kept = self.adamw.state[leaf]
-            weights |= taken(self.whole(leaf), parts)
+            weights |= {name: self.master(name).cpu() for name in parts}
             if "step" in kept:
                 for name in parts:
                     adam[name]["step"] = torch.tensor(float(kept["step"]))

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.alive import STARVING
 from utils.along import Stretch, curve, text
-from utils.curves import BAD, GOOD, note_size, signed, since_growth
+from utils.curves import BAD, GOOD, LEAST, note_size, signed, since_growth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +21,6 @@ APART = {
     "expert_divergence": ("experts", "#CC79A7", "o"),
 }
 
-LEAST = 5e-4
-"""Nats: what three decimals do not show is as good as before."""
 COLOURS = {"cmap": "PuOr", "vmin": 0, "vmax": 2}
 """Of a load: 1 is an even share."""
 

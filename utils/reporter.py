@@ -9,7 +9,7 @@ from transfer.view import exact_matmul
 from utils.alive import ROUTING, routing_alive, starving, twin_rows, weights_alive
 from utils.device import autocast
 from utils.header import progress
-from utils.history import above_growth, before_growth, read
+from utils.history import above_growth, read
 from utils.lab import Lab
 from utils.meter import Forecast, Meter, check_finite
 from utils.optimizer import Optimizer
@@ -32,7 +32,7 @@ class Reporter:
         self.forecast = (
             Forecast(lab.stages, lab.device) if (stage.number, self.step) == (1, 0) else None
         )
-        self.before = before_growth(read(lab.history.path), stage.number)
+        self.past = [e for e in read(lab.history.path) if e.get("phase") == stage.number]
         self.twins = twin_rows(lab.run.model, stage.growth)
         self.last: dict[str, float] = {}
         self.bar = tqdm(
@@ -92,8 +92,9 @@ class Reporter:
                 if self.lab.dtype == torch.float32
                 else loss_fp32(streamed(self.stage.config, weights), self.lab)
             )
-        if self.before is not None:
-            found["above_growth"] = above_growth(found | {"valid_loss": loss}, self.before)
+        self.past.append({"event": "eval", "phase": self.stage.number, "valid_loss": loss} | found)
+        if above := above_growth(self.past, self.stage.number):
+            found["above_growth"] = above[-1]
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))

@@ -72,15 +72,12 @@ class Identity:
 
 def identity(run: Run, fingerprint: str, device: torch.device, origin: str = "") -> Identity:
     """`fingerprint` is that of the tokens, `origin` that of the model that the run starts from."""
-    settings = binding(asdict(run))
+    settings = {
+        name: value for name, value in flat(asdict(run)).items() if not name.startswith(FREE)
+    }
     if origin:
         settings["init_from (fingerprint)"] = origin
     return Identity(settings, fingerprint, device.type, torch.get_num_threads())
-
-
-def binding(config: dict) -> dict[str, object]:
-    """The settings of a Run that may not change, by their full names."""
-    return {name: value for name, value in flat(config).items() if not name.startswith(FREE)}
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, object]:
