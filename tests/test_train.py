@@ -258,14 +258,20 @@ def test_micro_batches_add_up_to_the_batch(own):
         assert_close(saved.weights, runs[0][1][0].weights, rtol=1e-4, atol=1e-5)
 
 
-def test_a_growth_that_moves_the_model_stops_the_run(small, tmp_path, capsys):
-    training = replace(FOUR, widen=Widen(2, max_logit_drift=0.0))
+def test_a_growth_that_moves_the_model_stops_the_run_which_goes_on_if_it_may_move(
+    small, finished, tmp_path, capsys
+):
+    run = replace(small, out=tmp_path)
+    strict = replace(run, training=replace(FOUR, widen=Widen(2, max_logit_drift=0.0)))
     with pytest.raises(SystemExit, match=r"^1$"):
-        run_command(lambda: main(replace(small, training=training, out=tmp_path)))
+        run_command(lambda: main(strict))
     assert "phase 3 (wide): Widen changed the model: a logit moved" in capsys.readouterr().err
     assert load(tmp_path / "moe_model_final.pt").state.model()
     assert not (tmp_path / "medium_moe_final.pt").exists()
     assert not select(read(tmp_path / HISTORY), "end")
+    main(replace(run, resume=True))
+    ends = [load(folder / "large_moe_final.pt").weights for folder in (tmp_path, finished)]
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
 
 
 @pytest.mark.parametrize("log_every", [1, 9], ids=["logged first", "evaluated first"])

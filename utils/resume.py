@@ -28,6 +28,8 @@ FREE = (
 )  # fmt: skip
 """Settings that may change between a run and its resumption (the tokens themselves and what
 the run started from may not)."""
+LIMITS = ("max_logit_drift", "max_loss_drift")
+"""So may these, by the ends of their names: they train nothing, and who meets one may want more."""
 
 
 class Place(NamedTuple):
@@ -73,7 +75,9 @@ class Identity:
 def identity(run: Run, fingerprint: str, device: torch.device, origin: str = "") -> Identity:
     """`fingerprint` is that of the tokens, `origin` that of the model that the run starts from."""
     settings = {
-        name: value for name, value in flat(asdict(run)).items() if not name.startswith(FREE)
+        name: value
+        for name, value in flat(asdict(run)).items()
+        if not name.startswith(FREE) and not name.endswith(LIMITS)
     }
     if origin:
         settings["init_from (fingerprint)"] = origin
