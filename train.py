@@ -24,25 +24,19 @@ from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
-from utils.device import (
-    autocast,
-    choose_device,
-    reset_peak_memory,
-    small_workspaces,
-    training_dtype,
-)
+from utils.device import autocast, choose_device, reset_peak_memory, small_workspaces
 from utils.errors import RunStopped
 from utils.files import is_newer, sweep_parts
 from utils.header import header, summary
 from utils.history import HISTORY, PLOT, History, read
 from utils.lab import Lab, record_start, samples, save_model
-from utils.optimizer import Optimizer, check_lean, home, wake
+from utils.optimizer import Optimizer, home, wake
 from utils.origin import Origin
 from utils.output import check_disk, check_folder, claimed, explained, is_finished, within_memory
 from utils.plot import plot
 from utils.reporter import Reporter, loss_fp32
 from utils.resume import Keeper, Place, forget, identity, resumed
-from utils.schedule import Stage, check_memory, lr_at, may_fuse, stages
+from utils.schedule import Stage, check_memory, check_step, lr_at, may_fuse, stages
 from utils.signals import Stopped, held
 from utils.spare import Spare
 from utils.tracker import tracker
@@ -55,6 +49,7 @@ def main(run: Run) -> None:
     run = origin.run
     found = stages(run)  # every phase is checked before any work
     fused.enabled = may_fuse(run, found)
+    check_step(run, found, device)
     if run.training.lean:
         small_workspaces()
     files = [name for stage in found for name in stage.files]
@@ -68,7 +63,6 @@ def main(run: Run) -> None:
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     found = stages(run)
     print(header(run, found, corpus, device))
-    check_lean(run.training, device, training_dtype(run.precision, device))
     check_memory(found, run, device)
     check_disk(run.out, found)
     if run.dry_run:

@@ -52,6 +52,9 @@ COMMANDS = {
     "--training.log-every 0": "training.log_every = 0 must be at least 1",
     "--training.lr-phase3 inf": "training.lr_phase3 = inf must be finite",
     "--training.beta2 1": "training.beta2 = 1.0 must be in [0, 1)",
+    "--training.lean": "training.lean = True needs ",
+    "--training.capture on": "training.capture = on needs ",
+    "--training.capture on --training.no-fused --precision fp32": "precision = bf16 and training.f",
     "--seed -1": "seed = -1 must be between",
     "--resume --overwrite": "resume goes on with what overwrite would remove",
 }

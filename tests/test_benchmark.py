@@ -1,6 +1,7 @@
 """What the benchmark says is complete, follows from its formulas, and is whole in its JSON file."""
 
 import gc
+import gzip
 import json
 import math
 from dataclasses import replace
@@ -15,7 +16,7 @@ from models import SLM
 from utils import benchmark
 from utils.benchmark import Benchmark, main
 from utils.cli import flags, run_command
-from utils.occasions import time_startup
+from utils.occasions import time_startup, time_tokens
 from utils.peers import peer_model
 from utils.schedule import stages
 from utils.timing import Rates, timed
@@ -116,6 +117,21 @@ def test_a_peer_has_as_many_parameters_as_ours():
         assert theirs == sum(weight.numel() for weight in SLM(stage.config).parameters())
 
 
+def test_another_error_than_that_of_memory_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        try:
+            torch.ones(2) + torch.ones(3)
+        except RuntimeError as error:
+            benchmark.no_memory(error)
+
+
+def test_the_text_in_a_compressed_file_is_what_counts(tmp_path):
+    text = "Once upon a time there was a cat.\n<|endoftext|>\n" * 2000
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
+    found = time_tokens(tmp_path / "text.txt.gz", "learned")
+    assert found["mb"] == pytest.approx(len(text) / 1e6)
+
+
 def test_the_median_counts_and_the_warm_up_does_not(monkeypatch):
     ticks = iter([0, 9, 10, 11, 20, 23])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
@@ -123,14 +139,23 @@ def test_the_median_counts_and_the_warm_up_does_not(monkeypatch):
     assert timed(lambda: calls.append(1), CPU, repeats=3, warm_up=2) == 3 and len(calls) == 5
 
 
+def too_large():
+    torch.empty(1 << 60)
+
+
+def none_on_the_gpu():
+    raise torch.OutOfMemoryError("no")
+
+
+@pytest.mark.parametrize("run_out", [too_large, none_on_the_gpu])
 def test_what_needs_too_much_memory_says_so_in_its_row_and_the_rest_goes_on(
-    monkeypatch, tmp_path, capsys
+    run_out, monkeypatch, tmp_path, capsys
 ):
     make = benchmark.training
 
     def training(stage, *others):
         if stage.number == 1:
-            raise torch.OutOfMemoryError("no")
+            run_out()
         return make(stage, *others)
 
     monkeypatch.setattr(benchmark, "training", training)
@@ -155,6 +180,9 @@ def test_what_needs_too_much_memory_says_so_in_its_row_and_the_rest_goes_on(
         ("--warm-up -1", "warm_up = -1"),
         ("--tokenise none.txt", "tokenise = none.txt"),
         ("--json none/found.json", "json = none/found.json"),
+        ("--json README.md", "json = README.md is no .json file"),
+        ("--tokenise tests", "tokenise = tests is not a file"),
+        ("--no-steps", "steps = False leaves nothing to measure"),
         ("--device tpu", "device = tpu is not there"),
         ("--phaes 1", "perhaps you meant --phases"),
         ("--peer-compile fast", "fast"),

@@ -8,8 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import Deepen, InputError, Phase, Run, TrainingConfig, Upcycle, Widen, full, tiny
-from models import SLM, next_token_loss
-from utils.schedule import flops_per_token, lr_at, memory_gb, stages
+from models import SLM, fused, next_token_loss
+from utils import schedule
+from utils.schedule import check_memory, flops_per_token, lr_at, memory_gb, stages
 
 OWN = {
     "dense": Phase(steps=3, batch_size=5),
@@ -108,6 +109,29 @@ def test_the_flops_of_a_training_step_are_those_that_torch_counts(config):
     per_token = flops_per_token(config)
     assert counted["aten.mm"] == tokens[:, 1:].numel() * (per_token - gains - half)
     assert counted["aten.bmm"] == tokens[:, 1:].numel() * 2 * half
+
+
+@pytest.mark.parametrize("device, fuses", [("cuda", True), ("cuda", False), ("cpu", False)])
+def test_what_is_offered_where_memory_is_short_makes_every_phase_fit(device, fuses, monkeypatch):
+    monkeypatch.setattr(fused, "available", lambda *_: fuses)
+    large = dict.fromkeys(("batch_size", "batch_size_phase3", "batch_size_phase4"), 64)
+    run = replace(full(), training=replace(full().training, **large), precision="bf16")
+    there, offered = torch.device(device), set()
+    for gb in range(1, 60):
+        monkeypatch.setattr(schedule, "free_memory_gb", lambda _, gb=gb: gb)
+        try:
+            check_memory(stages(run), run, there)
+        except InputError as error:
+            assert str(error).startswith("phase 4 (deep) needs about ")
+            lean, micro = ("lean" in str(error)), ("micro-batch-size 1" in str(error))
+            offered.add((lean, micro))
+            less = {"lean": lean, "micro_batch_size": 1 if micro else None}
+            changed = replace(run, training=replace(run.training, **less))
+            if lean or micro:
+                check_memory(stages(changed), changed, there)
+            else:
+                assert "only a smaller model would fit" in str(error)
+    assert offered == {(False, False), (False, True)} | ({(True, True)} if fuses else set())
 
 
 def test_the_memory_expected_grows_with_the_sequences_at_a_time_and_with_their_precision():

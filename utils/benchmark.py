@@ -20,6 +20,7 @@ from transfer import State
 from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
 from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
+from utils.errors import is_out_of_memory
 from utils.measured import Measured, Row
 from utils.occasions import time_growth, time_startup, time_tokens
 from utils.optimizer import Optimizer, wake
@@ -92,11 +93,13 @@ class Benchmark:
         require(self.repeats >= 1, f"repeats = {self.repeats} must be at least 1")
         require(self.warm_up >= 0, f"warm_up = {self.warm_up} must not be negative")
         text, out = self.tokenise, self.json
-        require(text is None or text.is_file(), f"tokenise = {text}: there is no such file")
+        require(text is None or text.is_file(), f"tokenise = {text} is not a file")
         require(
-            out is None or (out.parent.is_dir() and not out.is_dir()),
-            f"json = {out} is no file in a folder that is there",
+            out is None or (out.parent.is_dir() and out.suffix == ".json" and not out.is_dir()),
+            f"json = {out} is no .json file in a folder that is there",
         )
+        wanted = (self.steps, self.peer, self.peer_compile, self.transitions, text, self.startup)
+        require(any(wanted), "steps = False leaves nothing to measure")
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,8 @@ def speed(row: Row, stage: Stage, make: Callable[[], Work], rates: Rates, bench:
     clean_slate(bench.device)
     try:
         seconds = bench.timed(make())
-    except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
+    except RuntimeError as error:
+        return row | no_memory(error)
     flops = tokens * flops_per_token(stage.config)
     return row | {
         "ms": 1e3 * seconds,
@@ -201,8 +204,8 @@ def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
     try:
         row["ms_without_data"] = 1e3 * bench.timed(awake[0].again)
         return row | shares(awake[0], stage, cast("float", row["ms"]) / 1e3, bench)
-    except torch.OutOfMemoryError:
-        return row | {"error": "out of memory while its pieces were timed"}
+    except RuntimeError as error:
+        return row | no_memory(error, " while its pieces were timed")
 
 
 def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
@@ -233,8 +236,15 @@ def transition(before: Stage, after: Stage, bench: Bench) -> Row:
     repeats = min(GROWTHS, bench.options.repeats)
     try:
         return row | time_growth(at_rest, after, bench.device, bench.run.seed, repeats)
-    except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
+    except RuntimeError as error:
+        return row | no_memory(error)
+
+
+def no_memory(error: RuntimeError, when: str = "") -> Row:
+    """What a row says in place of what could not be measured. Raises any other `error` again."""
+    if not is_out_of_memory(error):
+        raise error
+    return {"error": f"out of memory{when}"}
 
 
 def machine(bench: Bench) -> Row:

@@ -66,10 +66,11 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def total_memory_gb(device: torch.device) -> float | None:
-    """Memory of the GPU, or of the machine; None where it cannot be known."""
+def free_memory_gb(device: torch.device) -> float | None:
+    """What of the GPU's memory nobody has taken yet, or all of the machine's, whose caches give
+    way; None where it cannot be known."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
+        return torch.cuda.mem_get_info(device)[0] / 1e9
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     return None

@@ -39,7 +39,7 @@ from utils.lab import Lab, record_start
 from utils.optimizer import home
 from utils.output import claimed, is_finished, within_memory
 from utils.resume import Keeper, Place, flat, identity, latest
-from utils.schedule import may_fuse, stages
+from utils.schedule import check_memory, check_step, may_fuse, stages
 
 IDLE = ("data.", "dry_run", "out", "overwrite", "resume", "tracker", "training.checkpoint_every")
 """Settings that an arm comes out the same with; of data, the tokens themselves are compared."""
@@ -252,6 +252,7 @@ def main(options: Experiment) -> None:
     device = choose_device(run.device)
     fused.enabled = may_fuse(run, stages(run))
     keep_freed_memory()
+    check_step(run, stages(run), device)
     if run.training.lean:
         small_workspaces()
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
@@ -259,6 +260,7 @@ def main(options: Experiment) -> None:
     model = replace(run.model, vocab_size=run.model.vocab_size or corpus.vocab_size)
     options = replace(options, run=replace(run, model=model))
     arms = options.runs()
+    check_memory(stages(next(iter(arms.values()))[0]), run, device)
     for name in options.arms or EXPERIMENTS[options.name].names:
         if name not in arms:
             tqdm.write(f"{name} is left out: it comes to the same growth as an arm before it")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from utils.files import whole_file
 from utils.header import Rows, table
 
 Row = dict[str, object]
@@ -51,7 +52,8 @@ class Measured:
     def save(self) -> None:
         if self.path is not None:
             text = json.dumps(self.about | self.rows, indent=1, allow_nan=False, default=str)
-            self.path.write_text(text + "\n")
+            with whole_file(self.path) as file:
+                file.write(f"{text}\n".encode())
 
     def __str__(self) -> str:
         return "\n\n".join(

@@ -19,6 +19,7 @@ from utils.device import peak_memory_gb, wait_for
 from utils.errors import RunStopped
 from utils.history import HISTORY
 from utils.schedule import Stage
+from utils.sources import blocks
 from utils.timing import clean_slate
 
 Numbers = dict[str, float | None]
@@ -89,7 +90,7 @@ def time_each(
 
 def time_tokens(text: Path, tokenizer: str) -> Numbers:
     """From a text file to tokens on disk, all of it, and opening what is there already."""
-    size = text.stat().st_size / 1e6
+    size = sum(len(block.encode()) for block in blocks(text)) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         data = DataConfig(str(text), tokenizer, num_stories=0, cache=Path(folder))
         seconds = []

@@ -1,13 +1,12 @@
 """Between a State at rest and a model with its optimizer at work."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config import Growth, TrainingConfig, require
+from config import Growth, TrainingConfig
 from models import SLM, fused
 from transfer import Rates, State, rates
 from transfer.rates import Own
@@ -34,20 +33,6 @@ class Optimizer(Protocol):
     def rest(self) -> State:
         """What it has become. The optimizer and its model are of no use after that."""
         ...
-
-
-def check_lean(settings: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises InputError where the lean optimizer is wanted and cannot work."""
-    able = fused.available(device, dtype)
-    require(
-        not settings.lean or able,
-        "training.lean = True needs CUDA, Triton, precision bf16, training.fused, and of experts "
-        "model.d_model and model.d_ff in multiples of 8",
-    )
-    require(
-        not settings.lean or find_spec("flashoptim") is not None,
-        "training.lean = True needs a library: pip install flashoptim==0.1.4",
-    )
 
 
 def home(state: State, settings: TrainingConfig, device: torch.device) -> State:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from config import InputError, Run, require
 from utils import resume
-from utils.errors import RunStopped
+from utils.errors import RunStopped, is_out_of_memory
 from utils.files import sweep_parts
 from utils.history import HISTORY, read
 from utils.schedule import Stage
@@ -81,13 +81,15 @@ def explained(out: Path) -> Iterator[None]:
 
 @contextmanager
 def within_memory(stage: Stage, micro: int | None) -> Iterator[None]:
-    """Says, where the GPU's memory runs out, which setting needs less."""
+    """Says, where memory runs out, which setting needs less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         size = stage.phase.batch_size
         raise RunStopped(
-            f"{stage}: out of GPU memory with {min(micro or size, size)} of its batch of {size} "
+            f"{stage}: out of memory with {min(micro or size, size)} of its batch of {size} "
             "sequences at a time; a smaller --training.micro-batch-size needs less"
         ) from error
 

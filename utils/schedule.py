@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from config import Growth, InputError, ModelConfig, Phase, Run, TrainingConfig, require
 from models import fused
 from transfer import plan_for
-from utils.device import total_memory_gb, training_dtype
+from utils.device import free_memory_gb, training_dtype
 
 BYTES = 16
 """Of a parameter: weight, gradient and Adam's two moments, all float32."""
@@ -18,6 +19,9 @@ FUSED_BYTES = 14
 SPLIT_BYTES = 8
 """What splitting the largest weight takes as a phase begins: there is no gradient yet, but all the
 others are still whole."""
+HELD = 1.6
+"""Of a CPU's memory, since freed buffers are kept, those of the phase before as well: the full
+preset's first two phases held 1.5 to 1.6 times what they had in use."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
@@ -120,31 +124,62 @@ def flops_per_token(config: ModelConfig) -> int:
     return 6 * (matrices + attention)
 
 
+def check_step(run: Run, found: list[Stage], device: torch.device) -> None:
+    """Raises InputError, naming what is missing, where the lean optimizer or a captured step is
+    wanted and cannot be had."""
+    settings, dtype = run.training, training_dtype(run.precision, device)
+    needs = {
+        "a CUDA device": device.type == "cuda",
+        "Triton": fused.has_triton(),
+        "precision = bf16": dtype == torch.bfloat16,
+        "training.fused": settings.fused,
+        "model.d_model and model.d_ff in multiples of 8": may_fuse(run, found)
+        or not settings.fused,
+    }
+    missing = [what for what, there in needs.items() if not there]
+    for name, wanted in (("lean", settings.lean), ("capture", settings.capture == "on")):
+        value = getattr(settings, name)
+        require(
+            not (wanted and missing), f"training.{name} = {value} needs {' and '.join(missing)}"
+        )
+    require(
+        not settings.lean or find_spec("flashoptim") is not None,
+        "training.lean = True needs a library: pip install flashoptim==0.1.4",
+    )
+    require(
+        not (settings.lean and settings.capture == "on"),
+        "training.capture = on needs training.lean = False, whose library takes rates as constants",
+    )
+
+
 def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
     """Raises InputError where a phase is expected to need more memory than there is, and says what
-    would make it fit."""
-    there = total_memory_gb(device)
-    for stage in found:
-        need = stage_memory_gb(stage, run, device)
-        if there is None or need <= there:
-            continue
-        smaller = {"--training.micro-batch-size 1": {"micro_batch_size": 1}}
-        if device.type == "cuda":
-            smaller["--training.lean"] = {"lean": True}
-            smaller[" ".join(smaller)] = {"lean": True, "micro_batch_size": 1}
-        fits = [
-            f"{flags} needs {less:.1f} GB"
-            for flags, changes in smaller.items()
-            if (less := stage_memory_gb(stage, with_training(run, **changes), device)) <= there
-        ]
-        raise InputError(
-            f"{stage} needs about {need:.1f} GB, {device} has {there:.1f}: "
-            + (fits[0] if fits else "only a smaller model would fit")
-        )
+    would make all of them fit."""
 
+    def most(**changes: object) -> tuple[float, Stage]:
+        """By the phase that needs it."""
+        changed = replace(run, training=replace(run.training, **changes))
+        needs = [(stage_memory_gb(stage, changed, device), stage) for stage in found]
+        return max(needs, key=lambda each: each[0])
 
-def with_training(run: Run, **changes: object) -> Run:
-    return replace(run, training=replace(run.training, **changes))
+    (need, stage), there = most(), free_memory_gb(device)
+    if there is None or need <= there:
+        return
+    smaller: dict[str, dict[str, object]] = {
+        "--training.micro-batch-size 1": {"micro_batch_size": 1}
+    }
+    if fused.available(device, training_dtype(run.precision, device)):
+        smaller["--training.lean"] = {"lean": True}
+        smaller[" ".join(smaller)] = {"lean": True, "micro_batch_size": 1}
+    fits = [
+        f"{flags} needs {less:.1f} GB"
+        for flags, changes in smaller.items()
+        if (less := most(**changes)[0]) <= there
+    ]
+    raise InputError(
+        f"{stage} needs about {need:.1f} GB, {device} has {there:.1f} free: "
+        + (fits[0] if fits else "only a smaller model would fit")
+    )
 
 
 def may_fuse(run: Run, found: list[Stage]) -> bool:
@@ -158,7 +193,8 @@ def stage_memory_gb(stage: Stage, run: Run, device: torch.device) -> float:
     lean = settings.fused and settings.lean
     plain = not (settings.fused and fused.available(device, dtype))
     at_once = min(settings.micro_batch_size or size, size)
-    return memory_gb(stage.config, at_once, dtype, lean, plain)
+    in_use = memory_gb(stage.config, at_once, dtype, lean, plain)
+    return HELD * in_use if device.type == "cpu" else in_use
 
 
 def memory_gb(
