@@ -28,6 +28,8 @@ CONFIGS = {
     "one choice of three": replace(MOE, num_experts=3, top_k=1, d_ff=136),
     "more experts than choices": replace(MOE, num_experts=24, top_k=3),
 }
+ODD = replace(DENSE, d_model=36, d_ff=41)
+"""Sizes that are no multiples of 8, which a dense model may have."""
 EACH = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 SETTINGS = TrainingConfig()
 

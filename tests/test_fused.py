@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from on_gpu import BF16, CONFIGS, CUDA, DENSE, EACH, NEEDS_GPU, SETTINGS, at_rest, off, windows
+from on_gpu import BF16, CONFIGS, CUDA, DENSE, EACH, NEEDS_GPU, ODD, SETTINGS, at_rest, off, windows
 from torch.testing import assert_close
 
 from config import Where
@@ -36,17 +36,20 @@ def gradients(state, tokens, dtype, kernels):
     return loss.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-SHAPES = pytest.mark.parametrize("batch, length", [(3, 65), (1, 1), (2, 33)])
+SHAPES = pytest.mark.parametrize("batch, length", [(3, 65), (1, 1), (3, 1), (2, 33)])
+DENSE_ONES = {name: c for name, c in CONFIGS.items() if not c.num_experts} | {"odd sizes": ODD}
 
 
-@pytest.mark.parametrize("name", [name for name, c in CONFIGS.items() if not c.num_experts])
+@pytest.mark.parametrize("config", DENSE_ONES.values(), ids=DENSE_ONES)
 @SHAPES
-def test_loss_and_gradients_are_as_near_to_float32_as_those_of_plain_autocast(name, batch, length):
-    state, tokens = at_rest(CONFIGS[name]), windows(CONFIGS[name], batch, length)
+def test_loss_and_gradients_are_as_near_to_float32_as_those_of_plain_autocast(
+    config, batch, length
+):
+    state, tokens = at_rest(config), windows(config, batch, length)
     loss, exact = gradients(state, tokens, torch.float32, kernels=False)
-    _, plain = gradients(state, tokens, BF16, kernels=False)
+    other, plain = gradients(state, tokens, BF16, kernels=False)
     got, slopes = gradients(state, tokens, BF16, kernels=True)
-    assert got == pytest.approx(loss, rel=0.01)
+    assert abs(got - loss) < 2 * abs(other - loss) + 0.01
     least = 1e-3 * max(slope.norm() for slope in exact.values())
     for each, want in exact.items():
         assert off(slopes[each], want, least) < 2 * off(plain[each], want, least) + 0.02, each

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from on_gpu import BF16, CONFIGS, CUDA, DENSE, EACH, MOE, NEEDS_GPU, SETTINGS, at_rest, off, windows
+from on_gpu import BF16, CONFIGS, CUDA, EACH, MOE, NEEDS_GPU, ODD, SETTINGS, at_rest, off, windows
 from small import tensors
 from torch.testing import assert_close
 
@@ -18,8 +18,6 @@ from utils.capture import Captured
 from utils.optimizer import Plain, home, wake
 
 pytestmark = NEEDS_GPU
-ODD = replace(DENSE, d_model=36, d_ff=41)
-"""Sizes that are no multiples of 8, which AdamW reads number by number."""
 
 
 @EACH

@@ -68,7 +68,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, vocab: int, gradient: bool
     ) -> Tensor:
-        padded = pad_rows(head_VD)
+        padded, target_N = pad_rows(head_VD), target_N.contiguous()
         logits_NV = x_ND @ padded.T  # the padding's columns are zero, and stay it
         loss_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
         cross_entropy_kernel[(len(x_ND),)](
