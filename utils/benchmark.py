@@ -2,16 +2,17 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from config import PRESETS, Run, require
 from models import SLM, fused
@@ -22,6 +23,7 @@ from utils.cpu import keep_freed_memory
 from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
 from utils.errors import is_out_of_memory
 from utils.measured import Measured, Row
+from utils.meter import Meter, Reading
 from utils.occasions import time_growth, time_startup, time_tokens
 from utils.optimizer import Optimizer, wake
 from utils.output import versions
@@ -42,8 +44,9 @@ class Benchmark:
     """Measures the training step of each phase as train.py runs it, batches included, and what the
     machine allows: large matrix products and a large copy are timed first. `limit` is the step's
     products at the one rate plus 38 bytes a parameter at the other. Weights are fresh and the text
-    is random token ids: as fast as any other, but that experts are loaded more evenly than text
-    loads them once they are trained."""
+    is random token ids, by which experts are loaded more evenly than by text once they are trained.
+    The step with data and that without are timed in turn; models one after the other, since
+    together they might not fit."""
 
     preset: str = "full"
     """The preset whose phases are measured."""
@@ -120,8 +123,8 @@ class Bench:
         run = replace(run, model=model, precision=options.precision)
         return cls(options, run, device, training_dtype(options.precision, device))
 
-    def timed(self, work: Work) -> float:
-        return timed(work, self.device, self.options.repeats, self.options.warm_up)
+    def timed(self, *works: Work) -> list[list[float]]:
+        return timed(works, self.device, self.options.repeats, self.options.warm_up)
 
     def rates(self) -> Rates:
         small, options = self.device.type == "cpu", self.options
@@ -156,19 +159,27 @@ def training(stage: Stage, run: Run, device: torch.device, dtype: torch.dtype) -
     with torch.device(device):
         state = State.of(SLM(stage.config))
     optimizer = wake(state, run.training, dtype, stage.growth)
-    optimizer.set_lr(lr_at(0, stage, run.training))
+    meter = Meter(device, stage.tokens_per_step, Reading.nothing())
     step = stepper(optimizer, run.training, dtype, sys.maxsize)
     vocab_size = stage.config.vocab_size
     dtype_on_disk = np.uint16 if vocab_size <= 2**16 else np.uint32
     text = np.random.default_rng(run.seed).integers(vocab_size, size=RANDOM_TOKENS)
     endless = replace(stage, phase=replace(stage.phase, steps=sys.maxsize))
     stream = batches(text.astype(dtype_on_disk), endless, run.seed, device)
-    tokens = next(stream)
-    return Training(lambda: step(next(stream)), lambda: step(tokens), optimizer)
+    still = next(stream)
+
+    def train(tokens: Tensor) -> None:
+        optimizer.set_lr(lr_at(0, stage, run.training))
+        meter.add(step(tokens))
+
+    return Training(lambda: train(next(stream)), lambda: train(still), optimizer)
 
 
-def speed(row: Row, stage: Stage, make: Callable[[], Work], rates: Rates, bench: Bench) -> Row:
-    """`row` with the time and memory of the step that `make` makes."""
+def speed(
+    row: Row, stage: Stage, make: Callable[[], Sequence[Work]], rates: Rates, bench: Bench
+) -> Row:
+    """`row` with the time and memory of the step that `make` makes and, where it makes a second
+    that spares the making of batches, with the time of that, taken in turn with the first."""
     tokens = stage.tokens_per_step
     row |= {"phase": stage.number, "name": stage.name, "batch": stage.phase.batch_size}
     row |= {"context": stage.config.seq_len, "params": stage.config.num_params}
@@ -177,12 +188,16 @@ def speed(row: Row, stage: Stage, make: Callable[[], Work], rates: Rates, bench:
     row |= {"limit_tokens_per_s": tokens / limit_s}
     clean_slate(bench.device)
     try:
-        seconds = bench.timed(make())
+        step, *spared = bench.timed(*make())
     except RuntimeError as error:
         return row | no_memory(error)
-    flops = tokens * flops_per_token(stage.config)
+    flops, seconds = tokens * flops_per_token(stage.config), median(step)
+    without = {"ms_without_data": 1e3 * median(spared[0])} if spared else {}
     return row | {
         "ms": 1e3 * seconds,
+        "ms_min": 1e3 * min(step),
+        "ms_max": 1e3 * max(step),
+        **without,
         "tokens_per_s": tokens / seconds,
         "mfu": flops / seconds / rates.flops_per_s,
         "of_limit": limit_s / seconds,
@@ -194,15 +209,14 @@ def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
     """Of this project's step, with the shares of its pieces."""
     awake: list[Training] = []
 
-    def make() -> Work:
+    def make() -> Sequence[Work]:
         awake.append(training(stage, bench.run, bench.device, bench.dtype))
-        return awake[0].step
+        return awake[0].step, awake[0].again
 
     row = speed({"model": "this project"}, stage, make, rates, bench)
     if "ms" not in row:
         return row
     try:
-        row["ms_without_data"] = 1e3 * bench.timed(awake[0].again)
         return row | shares(awake[0], stage, cast("float", row["ms"]) / 1e3, bench)
     except RuntimeError as error:
         return row | no_memory(error, " while its pieces were timed")
@@ -210,20 +224,22 @@ def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
 
 def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
     settings, size = bench.run.training, stage.phase.batch_size
-    make = partial(peer_step, peer, stage.config, size, settings, bench.device, bench.dtype)
+
+    def make() -> Sequence[Work]:
+        return [peer_step(peer, stage.config, size, settings, bench.device, bench.dtype)]
+
     row: Row = {"model": peer.label(stage.config, bench.dtype)}
     return speed(row, stage, make, rates, bench)
 
 
 def shares(awake: Training, stage: Stage, step_s: float, bench: Bench) -> dict[str, float]:
     """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it and with
-    the gradients of its own weights, which the step makes for all blocks together; `other` is what
-    they leave: norms, embedding, clipping, data, and a device that waits for its host."""
+    the gradients of its own weights, which the step makes for all blocks together: they may add up
+    to more than the step, though norms, embedding and data are in none of them."""
     work = pieces(awake.optimizer, stage.phase.batch_size, bench.dtype)
     if fused.available(bench.device, bench.dtype):
         work = {name: captured(work[name], bench.device) for name in work}
-    found = {f"{name}_share": bench.timed(work[name]) / step_s for name in work}
-    return found | {"other_share": max(0.0, 1 - sum(found.values()))}
+    return {f"{name}_share": median(bench.timed(work[name])[0]) / step_s for name in work}
 
 
 def transition(before: Stage, after: Stage, bench: Bench) -> Row:

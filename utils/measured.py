@@ -12,13 +12,14 @@ TABLES = {
     "rates": [("FLOP/s", "flops_per_s", ".3g"), ("bytes/s", "bytes_per_s", ".3g")],
     "steps": [
         ("phase", "name", ""), ("model", "model", ""), ("batch", "batch", ""),
-        ("ms", "ms", ".2f"), ("without data", "ms_without_data", ".2f"),
+        ("ms", "ms", ".2f"), ("min", "ms_min", ".2f"), ("max", "ms_max", ".2f"),
+        ("without data", "ms_without_data", ".2f"),
         ("tokens/s", "tokens_per_s", ",.0f"),
         ("limit", "limit_tokens_per_s", ",.0f"), ("of it", "of_limit", ".1%"),
         ("MFU", "mfu", ".3f"), ("GB", "peak_memory_gb", ".1f"),
         ("head", "head_share", ".0%"), ("attention", "attention_share", ".0%"),
         ("ffn", "ffn_share", ".0%"), ("optimizer", "optimizer_share", ".0%"),
-        ("other", "other_share", ".0%"), ("", "error", ""),
+        ("", "error", ""),
     ],
     "transitions": [
         ("transition", "name", ""), ("bare s", "bare_s", ".3f"),

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models import Output, next_token_loss
+from models import Output, fused, next_token_loss
 from models.precision import lowered
 from models.rotary import rotary
 from utils.device import autocast
@@ -23,6 +23,8 @@ def pieces(
     shape_BS = batch_size, config.seq_len + 1
     tokens_BS = torch.randint(config.vocab_size, shape_BS, device=device)
     x_BTD = torch.randn(batch_size, config.seq_len, config.d_model, device=device)
+    if fused.available(device, dtype):
+        x_BTD = x_BTD.to(dtype)  # as the stream is there
     x_BTD.requires_grad_()
     head_VD = model.embed.weight if config.tied else model.head.weight
 

@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
@@ -41,26 +41,29 @@ class Rates(NamedTuple):
         return compute + BYTES_PER_STEP * config.num_params / self.bytes_per_s
 
 
-def timed(work: Work, device: torch.device, repeats: int, warm_up: int) -> float:
-    """Median seconds of `repeats` runs, one after the other, after `warm_up` that do not count."""
-    for _ in range(warm_up):
+def timed(
+    works: Sequence[Work], device: torch.device, repeats: int, warm_up: int
+) -> list[list[float]]:
+    """Seconds of `repeats` runs of each of these, in turn, after `warm_up` that do not count."""
+    for work in warm_up * [*works]:
         work()
     wait_for(device)
+    turns, seconds = repeats * [*works], []
     if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(turns) + 1)]
         marks[0].record()
-        for mark in marks[1:]:
+        for work, mark in zip(turns, marks[1:], strict=True):
             work()
             mark.record()
         wait_for(device)
-        return median(start.elapsed_time(end) for start, end in pairwise(marks)) / 1e3
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        wait_for(device)
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
+        seconds = [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
+    else:
+        for work in turns:
+            began = time.perf_counter()
+            work()
+            wait_for(device)
+            seconds.append(time.perf_counter() - began)
+    return [seconds[i :: len(works)] for i in range(len(works))]
 
 
 def measure_rates(
@@ -75,7 +78,7 @@ def measure_rates(
         for _ in range(RATE_CALLS):
             torch.mm(a, b, out=product)
 
-    multiply_s = timed(multiply, device, repeats, warm_up) / RATE_CALLS
+    (multiplied,) = timed([multiply], device, repeats, warm_up)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
 
@@ -83,8 +86,9 @@ def measure_rates(
         for _ in range(RATE_CALLS):
             target.copy_(source)
 
-    copy_s = timed(copy, device, repeats, warm_up) / RATE_CALLS
-    return Rates(2 * size**3 / multiply_s, 2 * source.nbytes / copy_s)
+    (copied,) = timed([copy], device, repeats, warm_up)
+    flops, moved = RATE_CALLS * 2 * size**3, RATE_CALLS * 2 * source.nbytes
+    return Rates(flops / median(multiplied), moved / median(copied))
 
 
 def captured(work: Work, device: torch.device) -> Work:
