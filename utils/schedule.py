@@ -22,6 +22,9 @@ others are still whole."""
 HELD = 1.6
 """Of a CPU's memory, since freed buffers are kept, those of the phase before as well: the full
 preset's first two phases held 1.5 to 1.6 times what they had in use."""
+USABLE = 0.95
+"""Share of the memory that a run may be expected to need: what is expected may be off, and what is
+free lies in pieces."""
 LEAN_BYTES = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 
@@ -163,7 +166,7 @@ def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
         return max(needs, key=lambda each: each[0])
 
     (need, stage), there = most(), free_memory_gb(device)
-    if there is None or need <= there:
+    if there is None or need <= USABLE * there:
         return
     smaller: dict[str, dict[str, object]] = {
         "--training.micro-batch-size 1": {"micro_batch_size": 1}
@@ -174,10 +177,10 @@ def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
     fits = [
         f"{flags} needs {less:.1f} GB"
         for flags, changes in smaller.items()
-        if (less := most(**changes)[0]) <= there
+        if (less := most(**changes)[0]) <= USABLE * there
     ]
     raise InputError(
-        f"{stage} needs about {need:.1f} GB, {device} has {there:.1f} free: "
+        f"{stage} needs about {need:.1f} GB, {device} has {there:.1f}: "
         + (fits[0] if fits else "only a smaller model would fit")
     )
 
