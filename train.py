@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Growth, Run, TrainingConfig
-from models import fused, next_token_loss
+from models import next_token_loss
 from transfer import GrowthError, State, grow
 from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import batch, check_length, prepare
-from utils.device import autocast, choose_device, reset_peak_memory, small_workspaces
+from utils.device import autocast, choose_device, reset_peak_memory
 from utils.errors import RunStopped
 from utils.files import is_newer, sweep_parts
 from utils.header import header, summary
@@ -36,7 +36,7 @@ from utils.output import check_disk, check_folder, claimed, explained, is_finish
 from utils.plot import plot
 from utils.reporter import Reporter, loss_fp32
 from utils.resume import Keeper, Place, forget, identity, resumed
-from utils.schedule import Stage, check_memory, check_step, lr_at, may_fuse, stages
+from utils.schedule import Stage, check_memory, choose_step, lr_at, stages
 from utils.signals import Stopped, held
 from utils.spare import Spare
 from utils.tracker import tracker
@@ -48,10 +48,7 @@ def main(run: Run) -> None:
     origin = Origin.of(run)
     run = origin.run
     found = stages(run)  # every phase is checked before any work
-    fused.enabled = may_fuse(run, found)
-    check_step(run, found, device)
-    if run.training.lean:
-        small_workspaces()
+    choose_step(run, found, device)
     files = [name for stage in found for name in stage.files]
     if not run.dry_run:
         check_folder(run, files)

@@ -123,6 +123,7 @@ def test_what_a_growth_cost_is_told_free_of_what_the_precision_of_training_makes
         {"event": "eval", "phase": 2, "step": 20, "valid_loss": 2.11},
         {"event": "eval", "phase": 3, "step": 0, "valid_loss": 2.11},
     ]
-    assert above_growth(events, 2) == pytest.approx([0.3, 0.195, 0.1])
+    found, losses = zip(*above_growth(events, 2), strict=True)
+    assert list(losses) == pytest.approx([0.3, 0.195, 0.1]) and list(found) == events[2:5]
     assert settled(events, 2) == pytest.approx({0: 0.3, 10: 0.195})
     assert above_growth(events, 1) == above_growth(events, 3) == []

@@ -20,8 +20,13 @@ from train import batches, stepper
 from transfer import State
 from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
-from utils.device import choose_device, device_name, peak_memory_gb, training_dtype
-from utils.errors import is_out_of_memory
+from utils.device import (
+    choose_device,
+    device_name,
+    is_out_of_memory,
+    peak_memory_gb,
+    training_dtype,
+)
 from utils.measured import Measured, Row
 from utils.meter import Meter, Reading
 from utils.occasions import time_growth, time_startup, time_tokens

@@ -67,8 +67,8 @@ def params(events: list[dict], number: int) -> str:
 
 def since_growth(phase: Stretch) -> tuple[np.ndarray, np.ndarray]:
     """Places, and how far the validation loss was above that before the phase's growth."""
-    above = np.array(above_growth(phase.events, phase.number))
-    return curve(phase.events, "eval")[0][: len(above)], above
+    above = above_growth(phase.events, phase.number)
+    return np.array([event["at"] for event, _ in above]), np.array([loss for _, loss in above])
 
 
 def gained(phase: Stretch) -> float:

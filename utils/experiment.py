@@ -26,20 +26,20 @@ from config import (
     full,
     require,
 )
-from models import SLM, fused
+from models import SLM
 from train import grown, run_phase, train
 from transfer import State, plan_for
 from utils.arms import report
 from utils.cli import flags, run_command
 from utils.cpu import keep_freed_memory
 from utils.data import Corpus, check_length, prepare
-from utils.device import choose_device, reset_peak_memory, small_workspaces
+from utils.device import choose_device, reset_peak_memory
 from utils.history import HISTORY, History, header, read
 from utils.lab import Lab, record_start
 from utils.optimizer import home
 from utils.output import claimed, is_finished, within_memory
 from utils.resume import Keeper, Place, flat, identity, latest
-from utils.schedule import check_memory, check_step, may_fuse, stages
+from utils.schedule import check_memory, choose_step, stages
 
 IDLE = ("data.", "dry_run", "out", "overwrite", "resume", "tracker", "training.checkpoint_every")
 """Settings that an arm comes out the same with; of data, the tokens themselves are compared."""
@@ -250,11 +250,8 @@ def first_state(run: Run, device: torch.device) -> State:
 def main(options: Experiment) -> None:
     run = options.run
     device = choose_device(run.device)
-    fused.enabled = may_fuse(run, stages(run))
     keep_freed_memory()
-    check_step(run, stages(run), device)
-    if run.training.lean:
-        small_workspaces()
+    choose_step(run, stages(run), device)
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)
     model = replace(run.model, vocab_size=run.model.vocab_size or corpus.vocab_size)

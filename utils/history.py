@@ -79,9 +79,9 @@ def select(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
 
-def above_growth(events: list[dict], phase: int) -> list[float]:
-    """At each evaluation of the phase: how far the held-out loss was above what it had been before
-    the phase's growth; empty where there was none. Both are in float32 where the evaluation tells
+def above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]]:
+    """Each evaluation of the phase, and how far the held-out loss was above what it had been before
+    the phase's growth; none where there was none. Both are in float32 where the evaluation tells
     it so; else the loss is taken to be off float32's by as much as it was right after the growth.
     """
     own = [event for event in events if event.get("phase") == phase]
@@ -91,13 +91,12 @@ def above_growth(events: list[dict], phase: int) -> list[float]:
         return []
     off = evals[0]["valid_loss"] - evals[0].get("valid_loss_fp32", evals[0]["valid_loss"])
     losses = [event.get("valid_loss_fp32", event["valid_loss"] - off) for event in evals]
-    return [loss - before[-1] for loss in losses]
+    return [(event, loss - before[-1]) for event, loss in zip(evals, losses, strict=True)]
 
 
 def settled(events: list[dict], phase: int) -> dict[int, float]:
     """The same by step, where it was taken in float32."""
-    evals = [event for event in select(events, "eval") if event["phase"] == phase]
-    above = zip(evals, above_growth(events, phase), strict=False)
+    above = above_growth(events, phase)
     return {event["step"]: loss for event, loss in above if "valid_loss_fp32" in event}
 
 

@@ -31,7 +31,7 @@ class Lean:
     gradients add up in bf16."""
 
     def __init__(self, state: State, settings: TrainingConfig, rates: Rates):
-        self.config, self.grad_clip, self.names = state.config, settings.grad_clip, [*state.weights]
+        self.config, self.grad_clip = state.config, settings.grad_clip
         self.model, self.copies = working_copy(state)
         self.leaves = list(self.model.parameters())
         self.parts: list[dict[str, Tensor]] = [
@@ -83,7 +83,7 @@ class Lean:
         return norm
 
     def weights(self) -> Lazy:
-        return Lazy(self.names, self.master)
+        return Lazy([*self.copies], self.master)
 
     def master(self, name: str) -> Tensor:
         """In float32; what is so at work, the very one."""
@@ -96,10 +96,10 @@ class Lean:
 
     def rest(self) -> State:
         """On the CPU, so that it needs no room on the GPU."""
-        weights, adam = {}, {name: {} for name in self.names}
+        weights = {name: weight.cpu() for name, weight in self.weights().items()}
+        adam = {name: {} for name in weights}
         for leaf, parts in zip(self.leaves, self.parts, strict=True):
             kept = self.adamw.state[leaf]
-            weights |= {name: self.master(name).cpu() for name in parts}
             if "step" in kept:
                 for name in parts:
                     adam[name]["step"] = torch.tensor(float(kept["step"]))
@@ -108,7 +108,7 @@ class Lean:
                     for name, value in taken(moment, parts).items():
                         adam[name][kind] = value
         remembered = {name: kept for name, kept in adam.items() if kept}
-        return State(self.config, {name: weights[name] for name in self.names}, remembered)
+        return State(self.config, weights, remembered)
 
 
 def groups(leaves: list[Tensor], paces: list[Rate], settings: TrainingConfig) -> list[dict]:

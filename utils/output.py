@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 
 from config import InputError, Run, require
 from utils import resume
-from utils.errors import RunStopped, is_out_of_memory
+from utils.device import is_out_of_memory
+from utils.errors import RunStopped
 from utils.files import sweep_parts
 from utils.history import HISTORY, read
 from utils.schedule import Stage

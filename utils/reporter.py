@@ -94,7 +94,7 @@ class Reporter:
             )
         self.past.append({"event": "eval", "phase": self.stage.number, "valid_loss": loss} | found)
         if above := above_growth(self.past, self.stage.number):
-            found["above_growth"] = above[-1]
+            _, found["above_growth"] = above[-1]
         found |= weights_alive(self.twins, weights)
         self.note("eval", valid_loss=loss, **found)
         tqdm.write(progress(self.stage, self.step, self.last, found.get("above_growth")))

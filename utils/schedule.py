@@ -10,7 +10,7 @@ import torch
 from config import Growth, InputError, ModelConfig, Phase, Run, TrainingConfig, require
 from models import fused
 from transfer import plan_for
-from utils.device import free_memory_gb, training_dtype
+from utils.device import free_memory_gb, small_workspaces, training_dtype
 
 BYTES = 16
 """Of a parameter: weight, gradient and Adam's two moments, all float32."""
@@ -127,17 +127,18 @@ def flops_per_token(config: ModelConfig) -> int:
     return 6 * (matrices + attention)
 
 
-def check_step(run: Run, found: list[Stage], device: torch.device) -> None:
-    """Raises InputError, naming what is missing, where the lean optimizer or a captured step is
-    wanted and cannot be had."""
+def choose_step(run: Run, found: list[Stage], device: torch.device) -> None:
+    """Settles how this process computes the steps of the run; to be called before the first
+    product. Raises InputError, naming what is missing, where the lean optimizer or a captured step
+    is wanted and cannot be had."""
     settings, dtype = run.training, training_dtype(run.precision, device)
+    served = all(fused.serves(stage.config) for stage in found)
     needs = {
         "a CUDA device": device.type == "cuda",
         "Triton": fused.has_triton(),
         "precision = bf16": dtype == torch.bfloat16,
         "training.fused": settings.fused,
-        "model.d_model and model.d_ff in multiples of 8": may_fuse(run, found)
-        or not settings.fused,
+        "model.d_model and model.d_ff in multiples of 8": served,
     }
     missing = [what for what, there in needs.items() if not there]
     for name, wanted in (("lean", settings.lean), ("capture", settings.capture == "on")):
@@ -153,6 +154,9 @@ def check_step(run: Run, found: list[Stage], device: torch.device) -> None:
         not (settings.lean and settings.capture == "on"),
         "training.capture = on needs training.lean = False, whose library takes rates as constants",
     )
+    fused.enabled = settings.fused and served
+    if settings.lean:
+        small_workspaces()
 
 
 def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
@@ -183,11 +187,6 @@ def check_memory(found: list[Stage], run: Run, device: torch.device) -> None:
         f"{stage} needs about {need:.1f} GB, {device} has {there:.1f}: "
         + (fits[0] if fits else "only a smaller model would fit")
     )
-
-
-def may_fuse(run: Run, found: list[Stage]) -> bool:
-    """Whether the fused kernels are wanted and can take every phase's sizes."""
-    return run.training.fused and all(fused.serves(stage.config) for stage in found)
 
 
 def stage_memory_gb(stage: Stage, run: Run, device: torch.device) -> float:
