@@ -2,7 +2,17 @@
 
 from models.cache import Cache
 from models.loss import next_token_loss
-from models.model import AXES, SLM, Output, axes, initialise
+from models.model import AXES, SLM, Output, axes, initialise, outline
 from models.moe import Routing
 
-__all__ = ["AXES", "SLM", "Cache", "Output", "Routing", "axes", "initialise", "next_token_loss"]
+__all__ = [
+    "AXES",
+    "SLM",
+    "Cache",
+    "Output",
+    "Routing",
+    "axes",
+    "initialise",
+    "next_token_loss",
+    "outline",
+]

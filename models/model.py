@@ -11,6 +11,7 @@ from functools import cache, cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, require
 from models.cache import Cache, Past
@@ -185,6 +186,25 @@ class SLM(nn.Module):
         else:
             place = place_BT[:, None]  # alike for all heads
         return x_BTD, rotary(place, self.config, x_BTD)
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where they were to be drawn at random: on the meta device that
+    loads torch's compiler, for three seconds."""
+
+    DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def outline(config: ModelConfig) -> SLM:
+    """An SLM without weights, on the meta device: shapes and names, to be given weights later."""
+    with torch.device("meta"), Undrawn():
+        return SLM(config)
 
 
 def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from config import Deepen, InputError, TrainingConfig, Upcycle, Widen
 from models import SLM
 from transfer import State
 from utils.checkpoint import SCHEMA, Checkpoint, load, save
+from utils.files import load_tensors, save_tensors
 from utils.optimizer import wake
 
 resource = pytest.importorskip("resource")
@@ -75,6 +77,15 @@ def test_what_was_saved_is_loaded_bit_for_bit(config, tmp_path):
     tokens = windows(config)[:, :-1]
     want = before.state.model()(tokens).logits
     assert torch.equal(after.state.model()(tokens).logits, want)
+
+
+def test_a_checkpoint_is_whole_to_whoever_reads_zip_archives(tmp_path):
+    before = checkpoint()
+    save_tensors(tmp_path / "kept.pt", before.weights, zipped=False)
+    save(tmp_path / "a.pt", before)
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert archive.testzip() is None
+    assert_close(load_tensors(tmp_path / "kept.pt"), before.weights, rtol=0, atol=0)
 
 
 def test_what_was_left_out_is_still_left_out(tmp_path):

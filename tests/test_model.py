@@ -1,4 +1,7 @@
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import chain
 
@@ -7,16 +10,11 @@ import torch
 from small import CONFIGS, DENSE, LEARNED, LEARNED_MOE, trained_like, windows
 
 from config import full
-from models import AXES, SLM, axes
+from models import AXES, SLM, axes, outline
 from models.rotary import rotary, rotate
 from transfer import plan_for
 
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-
-def on_meta(config):
-    with torch.device("meta"):
-        return SLM(config)
 
 
 @every_model
@@ -44,14 +42,14 @@ def test_axes_names_every_dimension_of_every_parameter(config):
         "ffn": config.d_ff,
         "expert": config.num_experts,
     }
-    for name, weight in on_meta(config).named_parameters():
+    for name, weight in outline(config).named_parameters():
         outputs, summed = axes(name)
         named = [size[axis] for axis in (*outputs, summed) if axis]
         assert list(weight.shape) == named, name
 
 
 def test_every_row_of_axes_is_a_parameter_of_some_model():
-    names = {n for config in CONFIGS.values() for n, _ in on_meta(config).named_parameters()}
+    names = {n for config in CONFIGS.values() for n, _ in outline(config).named_parameters()}
     assert {re.sub(r"\.\d+\.", ".*.", name) for name in names} == set(AXES)
 
 
@@ -60,9 +58,28 @@ def test_a_parameter_that_axes_does_not_know_is_an_error():
         axes("blocks.0.attn.q_proj.bias")
 
 
+def test_an_outline_has_a_models_shapes_without_its_compiler():
+    outlines = """if True:
+        import sys
+        from models import outline
+        from small import CONFIGS
+        for config in CONFIGS.values():
+            assert {weight.device.type for weight in outline(config).parameters()} == {"meta"}
+        assert "torch._dynamo" not in sys.modules, "seconds of every start"
+    """
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", outlines],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @every_model
 def test_parameters_are_counted_without_building_the_model(config):
-    sizes = {name: weight.numel() for name, weight in on_meta(config).named_parameters()}
+    sizes = {name: weight.numel() for name, weight in outline(config).named_parameters()}
     experts = sum(size for name, size in sizes.items() if re.search(r"\.moe\.[a-z]+_proj", name))
     idle = experts * (config.num_experts - config.top_k) // (config.num_experts or 1)
     assert config.num_params == sum(sizes.values())
@@ -73,7 +90,7 @@ def test_the_full_preset_grows_from_64_million_to_1_15_billion():
     config, active_and_all = full().model, []
     for phase in full().schedule.values():
         config = plan_for(config, phase.grow)[0] if phase.grow else config
-        assert config.num_params == sum(weight.numel() for weight in on_meta(config).parameters())
+        assert config.num_params == sum(weight.numel() for weight in outline(config).parameters())
         active_and_all.append((config.num_active_params, config.num_params))
     assert active_and_all == [
         (64_279_552, 64_279_552),

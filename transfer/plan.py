@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from models import SLM, axes, initialise
+from models import SLM, axes, initialise, outline
 
 Adam = dict[str, dict[str, Tensor]]
 """Per parameter: step, exp_avg, exp_avg_sq."""
@@ -47,8 +47,7 @@ class State:
 
     def model(self) -> SLM:
         """An SLM around these very tensors. Raises RuntimeError for a missing or misshapen one."""
-        with torch.device("meta"):
-            model = SLM(self.config)
+        model = outline(self.config)
         model.load_state_dict(self.weights, assign=True)
         return model
 
@@ -221,8 +220,7 @@ def seeded(device: torch.device, *what: object) -> torch.Generator:
 @cache
 def shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Every parameter of a model of this configuration, by name and in its order."""
-    with torch.device("meta"):
-        return {name: weight.shape for name, weight in SLM(config).named_parameters()}
+    return {name: weight.shape for name, weight in outline(config).named_parameters()}
 
 
 @torch.no_grad()

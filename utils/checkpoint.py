@@ -18,6 +18,7 @@ from config import (
 )
 from transfer import State
 from transfer.plan import shapes
+from utils.device import on_cpu
 from utils.files import load_tensors, save_tensors
 
 SCHEMA = 1
@@ -63,10 +64,6 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "probe": None if checkpoint.probe is None else checkpoint.probe.cpu(),
     }
     save_tensors(path, content)
-
-
-def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def load(path: Path) -> Checkpoint:

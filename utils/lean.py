@@ -13,6 +13,7 @@ from torch import Tensor
 from config import TrainingConfig
 from transfer import Rate, Rates, State
 from transfer.rates import Own
+from utils.device import on_cpu
 from utils.masters import working_copy
 from utils.streamed import Lazy
 
@@ -96,7 +97,7 @@ class Lean:
 
     def rest(self) -> State:
         """On the CPU, so that it needs no room on the GPU."""
-        weights = {name: weight.cpu() for name, weight in self.weights().items()}
+        weights = on_cpu(self.weights())
         adam = {name: {} for name in weights}
         for leaf, parts in zip(self.leaves, self.parts, strict=True):
             kept = self.adamw.state[leaf]

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from config import TrainingConfig
-from models import SLM, axes
+from models import SLM, axes, outline
 from models.fused.adamw import Own, Part, Table, joined, split
 from models.fused.cross_entropy import pad_rows
 from transfer import Rates, State
+from utils.device import on_cpu
 from utils.streamed import Lazy
 
 EXACT = ("norm.weight", "router.weight", "position.weight")
@@ -81,8 +82,7 @@ class Masters:
 
     def snapshot(self) -> State:
         """The masters are on the CPU."""
-        weights = {name: weight.cpu() for name, weight in self.weights().items()}
-        return State(self.config, weights, self.moments())
+        return State(self.config, on_cpu(self.weights()), self.moments())
 
     def rest(self) -> State:
         """Takes no more memory than the masters do: each leaf makes room for them."""
@@ -117,8 +117,7 @@ def unmoved(master: Tensor) -> dict[str, Tensor]:
 def working_copy(state: State) -> tuple[SLM, dict[str, tuple[Tensor, Tensor]]]:
     """A model whose products are in bf16, with weights of one input side by side and tables padded
     to whole rows of the head's product; and by parameter the leaf it is in and its part there."""
-    with torch.device("meta"):
-        model = SLM(state.config)
+    model = outline(state.config)
     copies: dict[str, tuple[Tensor, Tensor]] = {}
     for path, module in model.named_modules():
         names = [f"{path}.{name}" for name in getattr(module, "PACKED", ())]

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from config import InputError, ModelConfig, Run, require
 from transfer import State
-from utils.checkpoint import check_weights, on_cpu
+from utils.checkpoint import check_weights
+from utils.device import on_cpu
 from utils.errors import RunStopped
 from utils.files import load_tensors, save_tensors
 from utils.history import HISTORY, PLOT, History
@@ -132,7 +133,7 @@ class Keeper:
             "weights": on_cpu(state.weights),
             "adam": {name: on_cpu(moments) for name, moments in state.adam.items()},
         }
-        save_tensors(self.out / FOLDER / place.file, content)
+        save_tensors(self.out / FOLDER / place.file, content, zipped=False)
         self.kept, self.kept_at = place.file, time.perf_counter()
         for old in points(self.out)[:-KEPT]:
             old.unlink()

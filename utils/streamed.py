@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from config import ModelConfig
-from models import SLM
+from models import SLM, outline
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -28,8 +27,7 @@ class Lazy(Mapping[str, Tensor]):
 def streamed(config: ModelConfig, weights: Mapping[str, Tensor]) -> SLM:
     """An SLM that takes the weights of each block from `weights` when it comes to compute with
     them, and lets go of them then; the others are there all the time."""
-    with torch.device("meta"):
-        model = SLM(config)
+    model = outline(config)
     for path, module in model.named_children():
         if path == "blocks":
             for name, block in module.named_children():
