@@ -83,6 +83,8 @@ class Benchmark:
     """As of train.py."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """As of train.py."""
+    capture: Literal["auto", "off"] = "auto"
+    """As training.capture of train.py."""
     repeats: int = 20
     """Timed runs of each piece of work; their median counts."""
     warm_up: int = 5
@@ -125,7 +127,8 @@ class Bench:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # whose streams the events and the captured graphs take
         model = replace(run.model, vocab_size=run.model.vocab_size or LEARNED_SIZE)
-        run = replace(run, model=model, precision=options.precision)
+        training = replace(run.training, capture=options.capture)
+        run = replace(run, model=model, training=training, precision=options.precision)
         return cls(options, run, device, training_dtype(options.precision, device))
 
     def timed(self, *works: Work) -> list[list[float]]:
@@ -210,8 +213,8 @@ def speed(
     }
 
 
-def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
-    """Of this project's step, with the shares of its pieces."""
+def own_step(stage: Stage, rates: Rates, bench: Bench) -> dict[str, Row]:
+    """Rows of this project's step and, where it could be measured, of its parts."""
     awake: list[Training] = []
 
     def make() -> Sequence[Work]:
@@ -220,11 +223,13 @@ def own_step(stage: Stage, rates: Rates, bench: Bench) -> Row:
 
     row = speed({"model": "this project"}, stage, make, rates, bench)
     if "ms" not in row:
-        return row
+        return {"steps": row}
+    parts: Row = {name: row[name] for name in ("phase", "name", "batch")}
     try:
-        return row | shares(awake[0], stage, cast("float", row["ms"]) / 1e3, bench)
+        parts |= parts_of(awake[0], stage, cast("float", row["ms"]), rates, bench)
     except RuntimeError as error:
-        return row | no_memory(error, " while its pieces were timed")
+        parts |= no_memory(error)
+    return {"steps": row, "parts": parts}
 
 
 def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
@@ -237,14 +242,19 @@ def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
     return speed(row, stage, make, rates, bench)
 
 
-def shares(awake: Training, stage: Stage, step_s: float, bench: Bench) -> dict[str, float]:
-    """Of the step's time. Each piece is timed alone, on CUDA without the time to launch it and with
-    the gradients of its own weights, which the step makes for all blocks together: they may add up
-    to more than the step, though norms, embedding and data are in none of them."""
+def parts_of(awake: Training, stage: Stage, step_ms: float, rates: Rates, bench: Bench) -> Row:
+    """Of each part the time, what it can't do without, and its share of the step. Each is timed
+    alone, on CUDA without the time to launch it and with the gradients of its own weights, which
+    the step makes for all blocks together: they may add up to more than the step, though norms,
+    embedding and data are in none of them."""
     work = pieces(awake.optimizer, stage.phase.batch_size, bench.dtype)
     if fused.available(bench.device, bench.dtype):
         work = {name: captured(work[name], bench.device) for name in work}
-    return {f"{name}_share": median(bench.timed(work[name])[0]) / step_s for name in work}
+    row: Row = {}
+    for name, least_s in rates.parts_s(stage.config, stage.tokens_per_step).items():
+        ms = 1e3 * median(bench.timed(work[name])[0])
+        row |= {f"{name}_ms": ms, f"{name}_least_ms": 1e3 * least_s, f"{name}_share": ms / step_ms}
+    return row
 
 
 def transition(before: Stage, after: Stage, bench: Bench) -> Row:
@@ -300,7 +310,8 @@ def main(options: Benchmark) -> None:
         measured.add("rates", rates._asdict())
         for stage in found:
             if options.steps:
-                measured.add("steps", own_step(stage, rates, bench))
+                for kind, row in own_step(stage, rates, bench).items():
+                    measured.add(kind, row)
             for peer in rivals:
                 measured.add("steps", peer_row(peer, stage, rates, bench))
     if options.transitions:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from utils.files import whole_file
 from utils.header import Rows, table
+from utils.timing import PARTS
 
 Row = dict[str, object]
 
@@ -17,8 +18,18 @@ TABLES = {
         ("tokens/s", "tokens_per_s", ",.0f"),
         ("limit", "limit_tokens_per_s", ",.0f"), ("of it", "of_limit", ".1%"),
         ("MFU", "mfu", ".3f"), ("GB", "peak_memory_gb", ".1f"),
-        ("head", "head_share", ".0%"), ("attention", "attention_share", ".0%"),
-        ("ffn", "ffn_share", ".0%"), ("optimizer", "optimizer_share", ".0%"),
+        ("", "error", ""),
+    ],
+    "parts": [
+        ("phase", "name", ""), ("batch", "batch", ""),
+        *(
+            column
+            for part in PARTS
+            for column in (
+                (f"{part} ms", f"{part}_ms", ".2f"), ("at least", f"{part}_least_ms", ".2f"),
+                ("share", f"{part}_share", ".0%"),
+            )
+        ),
         ("", "error", ""),
     ],
     "transitions": [

@@ -11,16 +11,23 @@ from typing import NamedTuple
 import torch
 
 from config import ModelConfig
+from models import axes
+from transfer.plan import shapes
 from utils.capture import side_stream
 from utils.device import reset_peak_memory, wait_for
 from utils.schedule import flops_per_token
 
 Work = Callable[[], object]
 
+PARTS: tuple[str, ...] = ("head", "attention", "ffn", "optimizer")
+"""Of a step, as utils.pieces times them."""
 BYTES_PER_STEP = 38
 """Of memory traffic per parameter in a step with float32 weights and moments, at the least: Adam
 reads and writes weight and moments (24), the gradient is written and read (8), and a bf16 copy
 of the weight is written once and read forward and backward (6)."""
+BYTES_PER_PASS = 6
+"""Of those, what forward and backward move: the copy read twice, and its gradient written in bf16.
+"""
 LAUNCHES = 3
 """Runs of some work before it is captured."""
 RATE_CALLS = 10
@@ -39,6 +46,29 @@ class Rates(NamedTuple):
         """Seconds that a step can't do without: its products, then its traffic, at these rates."""
         compute = tokens * flops_per_token(config) / self.flops_per_s
         return compute + BYTES_PER_STEP * config.num_params / self.bytes_per_s
+
+    def parts_s(self, config: ModelConfig, tokens: int) -> dict[str, float]:
+        """The same by part: each its products and the traffic of its weights in forward and
+        backward, the optimizer all other traffic."""
+        flops, moved = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+        for name, shape in shapes(config).items():
+            if part := part_of(name, config):
+                by_expert = axes(name)[0][0] == "expert" and not name.endswith("router.weight")
+                chosen = config.top_k / config.num_experts if by_expert else 1
+                flops[part] += 6 * tokens * chosen * shape.numel()
+                moved[part] += BYTES_PER_PASS * shape.numel()
+        heads = config.n_layers * config.n_heads * config.head_size
+        flops["attention"] += 6 * tokens * heads * config.seq_len
+        moved["optimizer"] = BYTES_PER_STEP * config.num_params - sum(moved.values())
+        return {p: flops[p] / self.flops_per_s + moved[p] / self.bytes_per_s for p in PARTS}
+
+
+def part_of(name: str, config: ModelConfig) -> str | None:
+    """The part of a step that multiplies by the parameter of that name, if one does."""
+    if name == ("embed.weight" if config.tied else "head.weight"):
+        return "head"
+    within = {".attn.": "attention", ".mlp.": "ffn", ".moe.": "ffn"}
+    return next((part for path, part in within.items() if path in name), None)
 
 
 def timed(
