@@ -14,7 +14,7 @@ WARM_UP = 3
 """Steps before the capture; they choose kernels and compile them."""
 WORTH = 10
 """Steps of a phase from which a capture pays: it takes as long as two that are launched one by one,
-and spares each 20 to 35 ms on an H100 (`python -m utils.benchmark --capture off`)."""
+and spares each 14 to 40 ms on an H100 (`python -m utils.benchmark --capture off`)."""
 
 
 @runtime_checkable

@@ -64,8 +64,8 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fetched(tensor: Tensor) -> Tensor:
-    """On the CPU. Pages that are new to a process are cleared as they are first written to: all
-    cores do that ten times as fast as the one that copies from a GPU."""
+    """On the CPU. Pages that are new to a process are cleared as they are first written to, which
+    all cores do faster than the one that copies from a GPU."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.zeros_like(tensor, device="cpu").copy_(tensor)
