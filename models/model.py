@@ -4,6 +4,7 @@ Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads
 K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
@@ -189,12 +190,18 @@ class SLM(nn.Module):
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves tensors as they are where they were to be drawn at random: on the meta device that
-    loads torch's compiler, for three seconds."""
+    """Leaves tensors as they are where they were to be drawn at random: to draw on the meta device
+    loads torch's compiler, which takes seconds."""
 
     DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_")
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: object,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in self.DRAWS:
             return args[0] if args else kwargs["tensor"]

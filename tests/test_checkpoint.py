@@ -81,7 +81,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(config, tmp_path):
 
 def test_a_checkpoint_is_whole_to_whoever_reads_zip_archives(tmp_path):
     before = checkpoint()
-    save_tensors(tmp_path / "kept.pt", before.weights, zipped=False)
+    save_tensors(tmp_path / "kept.pt", before.weights, zip_sums=False)
     save(tmp_path / "a.pt", before)
     with zipfile.ZipFile(tmp_path / "a.pt") as archive:
         assert archive.testzip() is None

@@ -84,7 +84,8 @@ class Benchmark:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """As of train.py."""
     capture: Literal["auto", "off"] = "auto"
-    """As training.capture of train.py."""
+    """As training.capture of train.py; off: the step is launched operation by operation (its parts
+    are timed as graphs all the same)."""
     repeats: int = 20
     """Timed runs of each piece of work; their median counts."""
     warm_up: int = 5
@@ -243,17 +244,17 @@ def peer_row(peer: Peer, stage: Stage, rates: Rates, bench: Bench) -> Row:
 
 
 def parts_of(awake: Training, stage: Stage, step_ms: float, rates: Rates, bench: Bench) -> Row:
-    """Of each part the time, what it can't do without, and its share of the step. Each is timed
-    alone, on CUDA without the time to launch it and with the gradients of its own weights, which
-    the step makes for all blocks together: they may add up to more than the step, though norms,
-    embedding and data are in none of them."""
+    """Of each part the time, its part of the limit, and its share of the step. Each is timed alone,
+    on CUDA without the time to launch it and with the gradients of its own weights, which the step
+    makes for all blocks together: they may add up to more than the step, though norms, embedding
+    and data are in none of them."""
     work = pieces(awake.optimizer, stage.phase.batch_size, bench.dtype)
     if fused.available(bench.device, bench.dtype):
         work = {name: captured(work[name], bench.device) for name in work}
     row: Row = {}
-    for name, least_s in rates.parts_s(stage.config, stage.tokens_per_step).items():
+    for name, limit_s in rates.parts_s(stage.config, stage.tokens_per_step).items():
         ms = 1e3 * median(bench.timed(work[name])[0])
-        row |= {f"{name}_ms": ms, f"{name}_least_ms": 1e3 * least_s, f"{name}_share": ms / step_ms}
+        row |= {f"{name}_ms": ms, f"{name}_limit_ms": 1e3 * limit_s, f"{name}_share": ms / step_ms}
     return row
 
 
@@ -266,16 +267,16 @@ def transition(before: Stage, after: Stage, bench: Bench) -> Row:
     row: Row = {"name": f"{before.name} -> {after.name}"}
     repeats = min(GROWTHS, bench.options.repeats)
     try:
-        return row | time_growth(at_rest, after, bench.device, bench.run.seed, repeats)
+        return row | time_growth(at_rest, after, bench.run, bench.device, repeats)
     except RuntimeError as error:
         return row | no_memory(error)
 
 
-def no_memory(error: RuntimeError, when: str = "") -> Row:
+def no_memory(error: RuntimeError) -> Row:
     """What a row says in place of what could not be measured. Raises any other `error` again."""
     if not is_out_of_memory(error):
         raise error
-    return {"error": f"out of memory{when}"}
+    return {"error": "out of memory"}
 
 
 def machine(bench: Bench) -> Row:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import torch
-from torch.serialization import set_crc32_options
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from config import InputError, require
 from utils.signals import held
@@ -117,23 +117,24 @@ class Checksum:
         self.file.flush()
 
 
-def save_tensors(path: Path, content: dict, zipped: bool = True) -> None:
-    """Plain values and tensors, in a file that `torch.load(path, weights_only=True)` reads too, and
-    `zipped` whatever else reads zip archives: without the archive's own checksum of each tensor it
-    is written in less time.
+def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
+    """Plain values and tensors, in a file that `torch.load(path, weights_only=True)` reads too.
+    Without `zip_sums`, a second checksum of each tensor, it takes less time, and other readers of
+    zip archives refuse it.
 
     Raises OSError where it cannot be written; the file that was there is then still there.
     """
-    # Signals are held, since torch's writer does not survive an exception.
+    # Torch's writer survives an error of `write`, but no signal that raises.
+    before = get_crc32_options()
     with held(), whole_file(path) as file, ThreadPoolExecutor(1) as other:
         checked = Checksum(file, other)
-        set_crc32_options(zipped)
+        set_crc32_options(zip_sums)
         try:
             torch.save(content, cast("BinaryIO", checked))
         except RuntimeError as error:
             raise (checked.error or error) from error
         finally:
-            set_crc32_options(True)
+            set_crc32_options(before)
         file.write(MARK + b"%0*x" % (DIGITS, checked.crc))
 
 

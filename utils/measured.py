@@ -26,7 +26,7 @@ TABLES = {
             column
             for part in PARTS
             for column in (
-                (f"{part} ms", f"{part}_ms", ".2f"), ("at least", f"{part}_least_ms", ".2f"),
+                (f"{part} ms", f"{part}_ms", ".2f"), ("limit", f"{part}_limit_ms", ".2f"),
                 ("share", f"{part}_share", ".0%"),
             )
         ),

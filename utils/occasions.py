@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from config import DataConfig, require
+from config import DataConfig, Run, require
 from transfer import State, carry_out, grow, plan_for
 from utils.data import prepare
 from utils.device import peak_memory_gb, wait_for
@@ -31,21 +31,21 @@ PATIENCE_S = 600.0
 
 
 def time_growth(
-    before: Callable[[], State], stage: Stage, device: torch.device, seed: int, repeats: int
+    before: Callable[[], State], stage: Stage, run: Run, device: torch.device, repeats: int
 ) -> Numbers:
     """Growing into the phase with Adam's moments, alone and with the checks that a run makes, and
     a mere copy of all that it makes. `before` gives the State that the phase grows out of."""
     how = stage.phase.grow
     assert how is not None, f"{stage} grows out of nothing"
-    shape_BS = stage.phase.batch_size, stage.config.seq_len + 1
+    shape_BS = run.training.probe_sequences, stage.config.seq_len + 1
     probe_BS = torch.randint(stage.config.vocab_size, shape_BS, device=device)
 
     def alone(state: State) -> State:
         config, plan = plan_for(state.config, how)
-        return carry_out(config, plan, state, seed, consume=True)
+        return carry_out(config, plan, state, run.seed, consume=True)
 
     def checked(state: State) -> State:
-        return grow(state, how, probe_BS, seed, consume=True)[0]
+        return grow(state, how, probe_BS, run.seed, consume=True)[0]
 
     def tensors(state: State) -> list[Tensor]:
         memory = [tensor for moments in state.adam.values() for tensor in moments.values()]

@@ -133,7 +133,7 @@ class Keeper:
             "weights": on_cpu(state.weights),
             "adam": {name: on_cpu(moments) for name, moments in state.adam.items()},
         }
-        save_tensors(self.out / FOLDER / place.file, content, zipped=False)
+        save_tensors(self.out / FOLDER / place.file, content, zip_sums=False)
         self.kept, self.kept_at = place.file, time.perf_counter()
         for old in points(self.out)[:-KEPT]:
             old.unlink()

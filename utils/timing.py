@@ -22,12 +22,11 @@ Work = Callable[[], object]
 PARTS: tuple[str, ...] = ("head", "attention", "ffn", "optimizer")
 """Of a step, as utils.pieces times them."""
 BYTES_PER_STEP = 38
-"""Of memory traffic per parameter in a step with float32 weights and moments, at the least: Adam
-reads and writes weight and moments (24), the gradient is written and read (8), and a bf16 copy
-of the weight is written once and read forward and backward (6)."""
-BYTES_PER_PASS = 6
-"""Of those, what forward and backward move: the copy read twice, and its gradient written in bf16.
-"""
+"""Of memory traffic per parameter in a step all in float32 but the products: Adam reads and writes
+weight and moments (24), the gradient is written and read (8), and a bf16 copy of the weight is
+written once and read forward and backward (6)."""
+BYTES_PER_PASS = 8
+"""Of those, what forward and backward move: the copy is read twice, the gradient written."""
 LAUNCHES = 3
 """Runs of some work before it is captured."""
 RATE_CALLS = 10
@@ -43,7 +42,7 @@ class Rates(NamedTuple):
     """A large copy, what is read and what is written."""
 
     def limit_s(self, config: ModelConfig, tokens: int) -> float:
-        """Seconds that a step can't do without: its products, then its traffic, at these rates."""
+        """Seconds of a step: its products, then its traffic, at these rates."""
         compute = tokens * flops_per_token(config) / self.flops_per_s
         return compute + BYTES_PER_STEP * config.num_params / self.bytes_per_s
 
