@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, require
+from models import short
 from models.cache import Cache, Past
 from models.fused import fuses
 from models.moe import MoE, Routing
@@ -291,14 +292,17 @@ class Attention(nn.Module):
         q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, rotation)
         if past is not None:
             k_BGTK, v_BGTK = past.extended(k_BGTK, v_BGTK)
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGTK,
-            v_BGTK,
-            attn_mask=None if past is None else past.seen_B1TS,
-            is_causal=past is None,
-            enable_gqa=self.kv_heads != self.n_heads,
-        )
+        if past is None and short.serves(q_BHTK):
+            y_BHTK = short.attend(q_BHTK, k_BGTK, v_BGTK)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(
+                q_BHTK,
+                k_BGTK,
+                v_BGTK,
+                attn_mask=None if past is None else past.seen_B1TS,
+                is_causal=past is None,
+                enable_gqa=self.kv_heads != self.n_heads,
+            )
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
     def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:

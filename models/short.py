@@ -1,0 +1,31 @@
+"""Attention as two products with a softmax between, which a CPU computes in bf16 in half the time
+of torch's own for short windows. Plain: torch.nn.functional.scaled_dot_product_attention."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LONGEST = 512
+"""Tokens; what it holds grows with their square."""
+
+
+def serves(q_BHTK: Tensor) -> bool:
+    """Whether `attend` is the faster one."""
+    short = q_BHTK.shape[2] <= LONGEST
+    return short and q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16
+
+
+def attend(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+    """Causal, (B, H, T, K): G key/value heads serve H query heads in groups, in order."""
+    if len(k_BGTK[0]) < len(q_BHTK[0]):
+        group = len(q_BHTK[0]) // len(k_BGTK[0])
+        k_BGTK, v_BGTK = (x.repeat_interleave(group, 1) for x in (k_BGTK, v_BGTK))
+    scores_BHTT = q_BHTK @ k_BGTK.transpose(-2, -1) * q_BHTK.shape[-1] ** -0.5
+    return (scores_BHTT + future(q_BHTK.shape[2], q_BHTK.dtype)).softmax(-1) @ v_BGTK
+
+
+@cache
+def future(length: int, dtype: torch.dtype) -> Tensor:
+    """(T, T): minus infinity where a token would see one that comes after it, else zero."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
