@@ -22,7 +22,7 @@ from models import next_token_loss
 from transfer import GrowthError, State, grow
 from utils.capture import Captured, is_capturable, wants_capture
 from utils.cli import parse, run_command
-from utils.cpu import keep_freed_memory
+from utils.cpu import keep_for_next_step
 from utils.data import batch, check_length, prepare
 from utils.device import autocast, choose_device, reset_peak_memory
 from utils.errors import RunStopped
@@ -44,7 +44,7 @@ from utils.tracker import tracker
 
 def main(run: Run) -> None:
     device = choose_device(run.device)
-    keep_freed_memory()
+    keep_for_next_step()
     origin = Origin.of(run)
     run = origin.run
     found = stages(run)  # every phase is checked before any work

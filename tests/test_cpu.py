@@ -1,4 +1,5 @@
 import ctypes
+import os
 import subprocess
 import sys
 
@@ -80,6 +81,30 @@ def faults(rounds):
 faults(10)
 print(faults(10))
 """
+
+
+SHAPES = """
+import torch
+from utils.cpu import keep_kernels
+keep_kernels()
+for _ in range(2):
+    print("round", flush=True)
+    for rows in range(1, 1501):  # oneDNN itself keeps 1024
+        torch.ones(rows, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
+"""
+
+
+@pytest.mark.skipif(not cpu.has_bf16(), reason="products in float32 are not oneDNN's")
+@pytest.mark.parametrize("by_hand", [None, "1100"])
+def test_kernels_made_for_many_shapes_are_there_the_next_time(by_hand):
+    told = {"ONEDNN_VERBOSE": "2"}
+    told |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": by_hand} if by_hand else {}
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES], capture_output=True, text=True, env=os.environ | told
+    )
+    _, first, second = (part.count("create:cache_miss") for part in done.stdout.split("round"))
+    assert first > 1200, done.stderr
+    assert (second < 100) == (by_hand is None)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")

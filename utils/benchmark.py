@@ -19,7 +19,7 @@ from models import SLM, fused
 from train import batches, stepper
 from transfer import State
 from utils.cli import flags, run_command
-from utils.cpu import keep_freed_memory
+from utils.cpu import keep_for_next_step
 from utils.device import (
     choose_device,
     device_name,
@@ -301,7 +301,7 @@ def installed(package: str) -> str | None:
 
 def main(options: Benchmark) -> None:
     if options.steps or options.transitions:
-        keep_freed_memory()
+        keep_for_next_step()
     bench = Bench.of(options)
     rivals = peers(options.peer, options.peer_compile)
     found = bench.stages() if options.steps or rivals else []

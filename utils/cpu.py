@@ -1,6 +1,7 @@
 """What a CPU can compute in, how its memory is kept, and how much of it was used."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ NATIVE_BF16 = ("avx512_bf16", "amx_bf16")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """Of glibc's malloc.h."""
 LARGE = 1 << 20
+KERNELS = 2048
+"""4096 hold 4 GB more in phase 2 of the full preset at 8 sequences, this many 1 GB."""
 
 
 def has_bf16() -> bool:
@@ -16,6 +19,19 @@ def has_bf16() -> bool:
     computes float32, and its own tests for bf16 count that as well."""
     able = getattr(torch.cpu, "get_capabilities", dict)()
     return any(able.get(name, False) for name in NATIVE_BF16)
+
+
+def keep_for_next_step() -> None:
+    """What one step has made serves the next. To be called before the first product."""
+    keep_freed_memory()
+    keep_kernels()
+
+
+def keep_kernels() -> None:
+    """OneDNN keeps its kernels for twice as many shapes of products as it would: experts have other
+    numbers of rows in each step, and a kernel takes longer to make than to run. What is set by hand
+    stays."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 
 def keep_freed_memory() -> None:

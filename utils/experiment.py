@@ -31,7 +31,7 @@ from train import grown, run_phase, train
 from transfer import State, plan_for
 from utils.arms import report
 from utils.cli import flags, run_command
-from utils.cpu import keep_freed_memory
+from utils.cpu import keep_for_next_step
 from utils.data import Corpus, check_length, prepare
 from utils.device import choose_device, reset_peak_memory
 from utils.history import HISTORY, History, header, read
@@ -250,7 +250,7 @@ def first_state(run: Run, device: torch.device) -> State:
 def main(options: Experiment) -> None:
     run = options.run
     device = choose_device(run.device)
-    keep_freed_memory()
+    keep_for_next_step()
     choose_step(run, stages(run), device)
     corpus = prepare(run.data, run.model.vocab_size, tqdm.write)
     check_length(corpus, run.model.seq_len)

@@ -19,9 +19,9 @@ FUSED_BYTES = 14
 SPLIT_BYTES = 8
 """What splitting the largest weight takes as a phase begins: there is no gradient yet, but all the
 others are still whole."""
-HELD = 1.6
-"""Of a CPU's memory, since freed buffers are kept, those of the phase before as well: the full
-preset's first two phases held 1.5 to 1.6 times what they had in use."""
+HELD = 1.75
+"""Of a CPU's memory, since freed buffers and kernels are kept, those of the phase before as well:
+the full preset's first two phases held 1.5 to 1.75 times what they had in use."""
 USABLE = 0.95
 """Share of the memory that a run may be expected to need: what is expected may be off, and what is
 free lies in pieces."""
