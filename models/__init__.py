@@ -2,8 +2,9 @@
 
 from models.cache import Cache
 from models.loss import next_token_loss
-from models.model import AXES, SLM, Output, axes, initialise, outline
+from models.model import AXES, SLM, Output, axes, initialise
 from models.moe import Routing
+from models.outline import outline
 
 __all__ = [
     "AXES",

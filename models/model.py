@@ -4,7 +4,6 @@ Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads
 K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
@@ -12,7 +11,6 @@ from functools import cache, cached_property, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, require
 from models import short
@@ -188,31 +186,6 @@ class SLM(nn.Module):
         else:
             place = place_BT[:, None]  # alike for all heads
         return x_BTD, rotary(place, self.config, x_BTD)
-
-
-class Undrawn(TorchFunctionMode):
-    """Leaves tensors as they are where they were to be drawn at random: to draw on the meta device
-    loads torch's compiler, which takes seconds."""
-
-    DRAWS = ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_")
-
-    def __torch_function__(
-        self,
-        func: Callable,
-        types: object,
-        args: tuple = (),
-        kwargs: dict | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self.DRAWS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-def outline(config: ModelConfig) -> SLM:
-    """An SLM without weights, on the meta device: shapes and names, to be given weights later."""
-    with torch.device("meta"), Undrawn():
-        return SLM(config)
 
 
 def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:

@@ -58,19 +58,20 @@ def test_a_parameter_that_axes_does_not_know_is_an_error():
         axes("blocks.0.attn.q_proj.bias")
 
 
-def test_an_outline_has_a_models_shapes_without_its_compiler():
-    outlines = """if True:
-        import sys
-        from models import outline
-        from small import CONFIGS
-        for config in CONFIGS.values():
-            assert {weight.device.type for weight in outline(config).parameters()} == {"meta"}
-        assert "torch._dynamo" not in sys.modules, "seconds of every start"
-    """
-    path = os.pathsep.join(sys.path)
+OUTLINES = """
+import sys
+from models import outline
+from small import CONFIGS
+for config in CONFIGS.values():
+    assert {weight.device.type for weight in outline(config).parameters()} == {"meta"}
+assert "torch._dynamo" not in sys.modules, "seconds of every start"
+"""
+
+
+def test_an_outline_has_a_models_shapes_without_torchs_compiler():
     done = subprocess.run(
-        [sys.executable, "-c", outlines],
-        env=os.environ | {"PYTHONPATH": path},
+        [sys.executable, "-c", OUTLINES],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

@@ -124,8 +124,8 @@ def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
 
     Raises OSError where it cannot be written; the file that was there is then still there.
     """
-    # Torch's writer survives an error of `write`, but no signal that raises.
     before = get_crc32_options()
+    # Torch's writer survives an error of `write`, but no signal that raises.
     with held(), whole_file(path) as file, ThreadPoolExecutor(1) as other:
         checked = Checksum(file, other)
         set_crc32_options(zip_sums)

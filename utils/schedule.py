@@ -117,14 +117,18 @@ def check_micro_batch(phase: Phase, micro: int | None) -> None:
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """Of a training step: two per multiply-add, forward and twice that backward; each position of
-    causal attention sees half the context on average. Tables that are only looked up do not count.
-    """
+    """Of a training step: two per multiply-add, forward and twice that backward. Tables that are
+    only looked up do not count."""
     looked_up = config.seq_len if config.position == "learned" else 0
     looked_up += 0 if config.tied else config.vocab_size
     matrices = config.num_active_params - looked_up * config.d_model
-    attention = config.n_layers * config.n_heads * config.head_size * config.seq_len
-    return 6 * (matrices + attention)
+    return 6 * (matrices + attended(config))
+
+
+def attended(config: ModelConfig) -> int:
+    """Multiply-adds of a token with those that it attends to: scores, then values, each position
+    seeing half the context on average."""
+    return config.n_layers * config.n_heads * config.head_size * config.seq_len
 
 
 def choose_step(run: Run, found: list[Stage], device: torch.device) -> None:

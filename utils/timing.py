@@ -15,7 +15,7 @@ from models import axes
 from transfer.plan import shapes
 from utils.capture import side_stream
 from utils.device import reset_peak_memory, wait_for
-from utils.schedule import flops_per_token
+from utils.schedule import attended, flops_per_token
 
 Work = Callable[[], object]
 
@@ -56,8 +56,7 @@ class Rates(NamedTuple):
                 chosen = config.top_k / config.num_experts if by_expert else 1
                 flops[part] += 6 * tokens * chosen * shape.numel()
                 moved[part] += BYTES_PER_PASS * shape.numel()
-        heads = config.n_layers * config.n_heads * config.head_size
-        flops["attention"] += 6 * tokens * heads * config.seq_len
+        flops["attention"] += 6 * tokens * attended(config)
         moved["optimizer"] = BYTES_PER_STEP * config.num_params - sum(moved.values())
         return {p: flops[p] / self.flops_per_s + moved[p] / self.bytes_per_s for p in PARTS}
 
