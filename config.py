@@ -1,602 +1,36 @@
-"""What a run is, as data: the model, the phases and how each grows out of the one before.
+"""What a run is, as data: its phases, the model, how it is trained, and on which text.
 
-A preset is a function that returns a complete `Run`; the command line overrides fields of it.
+A preset is a function that returns a complete `Run`; every field of it but `phases` is an option of
+train.py. Presets and the default schedule come first; the classes they are made of follow.
 """
 
 import re
+import sys
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import inf
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
-
-
-class InputError(ValueError):
-    """Something the user asked for cannot be done. The message names the field and the value."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raises InputError with `message` unless the condition on a user's value `holds`."""
-    if not holds:
-        raise InputError(message)
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How a model that comes from elsewhere stretches its rotary wavelengths over a longer context
-    than it was first trained on; named as in transformers."""
-
-    rope_type: Literal["default", "linear", "llama3"] = "default"
-    """`default`: not at all. `linear`: all by `factor`. `llama3`: long ones by `factor`, short ones
-    not at all, those between by something between."""
-    factor: float = 1.0
-    """Times as long."""
-    low_freq_factor: float = 1.0
-    """A wavelength is long that fits in the original context less often than this."""
-    high_freq_factor: float = 4.0
-    """And short if it fits in more often than this."""
-    original_max_position_embeddings: int = 8192
-    """The original context, in tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "original_max_position_embeddings"):
-            value = getattr(self, name)
-            require(
-                0 < value < inf, f"model.rope_scaling.{name} = {value} must be positive and finite"
-            )
-        require(
-            self.low_freq_factor < self.high_freq_factor < inf,
-            f"model.rope_scaling.high_freq_factor = {self.high_freq_factor} must be finite and "
-            f"above model.rope_scaling.low_freq_factor = {self.low_freq_factor}",
-        )
-        require(
-            self.rope_type in ("default", "linear", "llama3"),
-            f"model.rope_scaling.rope_type = {self.rope_type!r} must be 'default', 'linear' or "
-            "'llama3'",
-        )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: a Llama when dense, a Mixtral with experts."""
-
-    vocab_size: int = 50_257
-    """0 takes the tokenizer's."""
-    d_model: int = 512
-    """Width of the residual stream."""
-    n_layers: int = 12
-    """Blocks of attention and feed-forward."""
-    n_heads: int = 8
-    """Query heads."""
-    n_kv_heads: int | None = None
-    """Key/value heads, each serving n_heads / n_kv_heads query heads; None: as many as n_heads."""
-    head_dim: int | None = None
-    """Width of a head; None: d_model / n_heads. Growing leaves it as it is."""
-    d_ff: int = 1408
-    """Inner width of the SwiGLU feed-forward, per expert."""
-    seq_len: int = 256
-    """Context in tokens."""
-    num_experts: int = 0
-    """Experts per layer; 0 is a dense model."""
-    top_k: int = 2
-    """Experts that each token visits; unused in a dense model."""
-    position: Literal["rope", "learned"] = "rope"
-    """Rotary positions, or a learned embedding of each."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary wavelengths."""
-    rope_scaling: RopeScaling = RopeScaling()
-    """How they are stretched."""
-    tied: bool = True
-    """The head is the token embedding."""
-    logit_scale: float = 1.0
-    """Logits are multiplied by it: widening by r divides it by r where the head is tied."""
-    norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "d_ff", "seq_len"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name} = {value} must be at least 1")
-        require(self.vocab_size >= 0, f"model.vocab_size = {self.vocab_size} must not be negative")
-        require(
-            self.d_model % self.n_heads == 0,
-            f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
-        )
-        require(
-            self.kv_heads >= 1 and self.n_heads % self.kv_heads == 0,
-            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
-        )
-        require(
-            self.head_dim is None or self.head_dim >= 1,
-            f"model.head_dim = {self.head_dim} must be at least 1",
-        )
-        require(
-            self.position != "rope" or self.head_size % 2 == 0,
-            f"rotary positions need an even head size: model.d_model = {self.d_model} over "
-            f"model.n_heads = {self.n_heads} gives {self.head_size}"
-            if self.head_dim is None
-            else f"rotary positions need an even head size, not model.head_dim = {self.head_dim}",
-        )
-        require(self.num_experts >= 0, f"model.num_experts = {self.num_experts} is negative")
-        require(
-            not self.num_experts or 1 <= self.top_k <= self.num_experts,
-            f"model.top_k = {self.top_k} must be between 1 and "
-            f"model.num_experts = {self.num_experts}",
-        )
-        for name in ("norm_eps", "rope_theta", "logit_scale"):
-            value = getattr(self, name)
-            require(0 < value < inf, f"model.{name} = {value} must be positive and finite")
-        require(
-            self.position in ("rope", "learned"),
-            f"model.position = {self.position!r} must be 'rope' or 'learned'",
-        )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_size(self) -> int:
-        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
-
-    @classmethod
-    def of(cls, values: dict) -> "ModelConfig":
-        """The inverse of `asdict`; what is not there has its default."""
-        scaling = RopeScaling(**values.get("rope_scaling", {}))
-        return cls(**{**values, "rope_scaling": scaling})
-
-    @property
-    def num_params(self) -> int:
-        return self._count(experts=self.num_experts)
-
-    @property
-    def num_active_params(self) -> int:
-        """Parameters that one token passes through: top_k of the experts."""
-        return self._count(experts=min(self.top_k, self.num_experts))
-
-    def _count(self, experts: int) -> int:
-        heads, kv = self.n_heads * self.head_size, self.kv_heads * self.head_size
-        attention = self.d_model * (2 * heads + 2 * kv)
-        ffn = 3 * self.d_model * self.d_ff * (experts or 1) + self.d_model * self.num_experts
-        tables = self.vocab_size * (1 if self.tied else 2)
-        tables += self.seq_len if self.position == "learned" else 0
-        norms = (2 * self.n_layers + 1) * self.d_model
-        return self.n_layers * (attention + ffn) + tables * self.d_model + norms
-
-
-class Limits(NamedTuple):
-    """How far growing may move a model on the probe batch, in float32."""
-
-    logit: float
-    """Largest |logit difference|."""
-    loss: float
-    """Change of the loss, in nats per token."""
-
-
-TIGHT = Limits(1e-4, 1e-4)
-"""For growth that keeps the function: what rounding leaves."""
-LOOSE = Limits(inf, 2.0)
-"""For growth that does not: four times what redrawing half of each expert cost (GROWTH.md)."""
-
-
-def check_limits(how: "Growth") -> None:
-    for name in ("max_logit_drift", "max_loss_drift"):
-        value = getattr(how, name)
-        fits = value is None or 0 <= value < inf
-        require(fits, f"{name} = {value} must be finite and not negative")
-
-
-def chosen_limits(how: "Growth", default: Limits) -> Limits:
-    """Those that the user set, and the default for those that are None."""
-    logit, loss = how.max_logit_drift, how.max_loss_drift
-    return Limits(default.logit if logit is None else logit, default.loss if loss is None else loss)
-
-
-@dataclass(frozen=True)
-class Upcycle:
-    """Every feed-forward becomes `num_experts` copies of itself behind a router."""
-
-    num_experts: int = 8
-    """Experts in each layer."""
-    top_k: int = 2
-    """Experts that each token visits."""
-    router_scale: float = 1.0
-    """The router's first weights, as a multiple of Xavier's law."""
-    redrawn: float = 0.0
-    """Share of each expert's inner dimensions drawn anew (Drop-Upcycling takes 0.5): the experts
-    begin apart, and the function is not kept."""
-    max_logit_drift: float | None = None
-    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and without
-    limit where a part is redrawn."""
-    max_loss_drift: float | None = None
-    """Largest change of the probe loss allowed, in nats. None: 1e-4, and 2 where a part is
-    redrawn."""
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        require(self.num_experts >= 1, f"num_experts = {self.num_experts} must be at least 1")
-        require(
-            1 <= self.top_k <= self.num_experts,
-            f"top_k = {self.top_k} must be between 1 and num_experts = {self.num_experts}",
-        )
-        scale, redrawn = self.router_scale, self.redrawn
-        require(0 < scale < inf, f"router_scale = {scale} must be positive and finite")
-        require(0 <= redrawn <= 1, f"redrawn = {redrawn} must be between 0 and 1")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the function is kept."""
-        return not self.redrawn
-
-    @property
-    def limits(self) -> Limits:
-        return chosen_limits(self, TIGHT if self.exact else LOOSE)
-
-
-@dataclass(frozen=True)
-class Widen:
-    """Residual stream, heads and feed-forward repeated `factor` times; a head keeps its size."""
-
-    factor: int = 2
-    """Copies of each unit."""
-    noise: float = 0.1
-    """Noise on the copies, relative to each weight's standard deviation; it cancels over the copied
-    inputs, so the function is kept. At 0 the copies get equal gradients and stay equal for ever."""
-    max_logit_drift: float | None = None
-    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-3."""
-    max_loss_drift: float | None = None
-    """Largest change of the probe loss allowed, in nats. None: 1e-4."""
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        require(self.factor >= 1, f"factor = {self.factor} must be at least 1")
-        require(0 <= self.noise < inf, f"noise = {self.noise} must be finite and not negative")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the function is kept."""
-        return True
-
-    @property
-    def limits(self) -> Limits:
-        return chosen_limits(self, TIGHT._replace(logit=1e-3))
-
-
-Where = Literal["interleaved", "end", "middle"]
-Init = Literal["identity", "copy"]
-
-
-@dataclass(frozen=True)
-class Deepen:
-    """New blocks that add nothing yet, or copies of the old ones. Adam warms up anew in each."""
-
-    extra_layers: int = 3
-    """New blocks."""
-    where: Where = "interleaved"
-    """Between the old blocks, as evenly as can be, after them, or all in the middle."""
-    init: Init = "identity"
-    """identity: output projections of zero, so that the function is kept. copy: each run of new
-    blocks repeats the old ones before it (G_stack), which changes the function."""
-    max_logit_drift: float | None = None
-    """Largest |logit difference| allowed on the probe batch, in float32. None: 1e-4, and without
-    limit for copies."""
-    max_loss_drift: float | None = None
-    """Largest change of the probe loss allowed, in nats. None: 1e-4, and 2 for copies."""
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        require(self.extra_layers >= 0, f"extra_layers = {self.extra_layers} is negative")
-        require(
-            self.where in get_args(Where),
-            f"where = {self.where!r} must be 'interleaved', 'end' or 'middle'",
-        )
-        require(self.init in get_args(Init), f"init = {self.init!r} must be 'identity' or 'copy'")
-
-    @property
-    def exact(self) -> bool:
-        """Whether the function is kept."""
-        return self.init == "identity" or not self.extra_layers
-
-    @property
-    def limits(self) -> Limits:
-        return chosen_limits(self, TIGHT if self.exact else LOOSE)
-
-
-Growth = Upcycle | Widen | Deepen
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of training, and how the model of the phase before becomes this one's."""
-
-    grow: Growth | None = None
-    """None trains the model as it is."""
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 8
-    """Sequences of seq_len tokens in each optimizer step."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    checkpoint: str = ""
-    """File name of the trained model; empty: <phase>_final.pt."""
-    init_checkpoint: str = ""
-    """File name of the model just grown, before training; empty: not written."""
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 0, f"steps = {self.steps} must not be negative")
-        require(self.batch_size >= 1, f"batch_size = {self.batch_size} must be at least 1")
-        require(0 <= self.lr < inf, f"lr = {self.lr} must be finite and not negative")
-
-
-Scaling = Literal["same", "width"]
-AtGrowth = Literal["carry", "reset", "reset-warmup"]
-Anneal = Literal["last", "each"]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """The four phases of the default schedule, and how every phase is trained."""
-
-    steps_phase1: int = 1000
-    """Optimizer steps of the dense phase."""
-    steps_phase2: int = 1000
-    """Of the mixture of experts."""
-    steps_phase3: int = 500
-    """Of the wider one."""
-    steps_phase4: int = 500
-    """Of the deeper one."""
-    lr_phase1: float = 3e-4
-    """Peak learning rate of the dense phase."""
-    lr_phase2: float = 2e-4
-    """Of the mixture of experts."""
-    lr_phase3: float = 1e-4
-    """Of the wider one."""
-    lr_phase4: float = 5e-5
-    """Of the deeper one."""
-    batch_size: int = 8
-    """Sequences per optimizer step in phases 1 and 2."""
-    batch_size_phase3: int = 2
-    """Sequences per optimizer step in phase 3."""
-    batch_size_phase4: int = 1
-    """Sequences per optimizer step in phase 4."""
-    upcycle: Upcycle = Upcycle()
-    """How phase 1's model becomes phase 2's."""
-    widen: Widen = Widen()
-    """How phase 2's model becomes phase 3's."""
-    deepen: Deepen = Deepen()
-    """How phase 3's model becomes phase 4's."""
-
-    micro_batch_size: int | None = None
-    """Sequences at a time, gradients added up; a mixture's balance loss is then that of each micro-
-    batch, which is not quite that of the whole. None: the batch at once."""
-    lean: bool = False
-    """AdamW with 24-bit weights and 8-bit moments (flashoptim, CUDA): 7 bytes a parameter instead
-    of 16. Between phases Adam's memory, 8 bytes a parameter, is on the CPU."""
-    fused: bool = True
-    """Triton kernels for bf16 on CUDA, and one bf16 copy of the weights cast once a step; off:
-    torch's own operations under autocast."""
-    capture: Literal["auto", "on", "off"] = "auto"
-    """Run the fused step as one CUDA graph. auto: in phases long enough for it to pay."""
-    lr_scaling: Scaling = "width"
-    """width: the learning rate of each matrix is divided by how often its input axis has been
-    copied, its decay multiplied by as much, Adam's eps scaled as the gradients were: a model
-    widened without noise then trains exactly as it would have before, and its loss does not jump.
-    same: one rate for all, which after widening by 2 changes the function twice as fast."""
-    at_growth: AtGrowth = "carry"
-    """Adam's memory in a phase that grew: carried over, and the learning rate warms up. reset: it
-    forgets, and starts at the peak. reset-warmup: it forgets, and the learning rate warms up."""
-    weight_decay: float = 0.01
-    """Decoupled, on matrices and embeddings; gains of norms are left alone."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient."""
-    beta1: float = 0.9
-    """Decay of Adam's first moment."""
-    beta2: float = 0.95
-    """Decay of Adam's second moment."""
-    eps: float = 1e-8
-    """Added to the root of Adam's second moment."""
-    warmup: float = 0.05
-    """Share of each phase's steps over which the learning rate rises to its peak."""
-    lr_floor: float = 0.1
-    """What the cosine decay of the last phase ends at, as a share of the peak."""
-    anneal: Anneal = "last"
-    """What that of the phases before it ends at. last: at the next phase's peak, where that is
-    lower, so that the loss need not rise again when the rate does. each: as the last one."""
-    balance_coef: float = 1e-2
-    """Weight of the load-balancing loss (mean over layers)."""
-    z_coef: float = 1e-3
-    """Weight of the router's z-loss (mean over layers)."""
-    log_every: int = 10
-    """Steps between lines in the history."""
-    eval_every: int = 100
-    """Steps between evaluations on held-out text; the start and the end of a phase always are."""
-    eval_tokens: int = 32_768
-    """Held-out tokens per evaluation."""
-    probe_sequences: int = 8
-    """Sequences in the frozen batch that judges each growth."""
-    checkpoint_every: str = "5min"
-    """How often to keep where the run stands, within a phase: minutes, or a number of steps."""
-    sample_tokens: int = 80
-    """Length of the stories written at the end of each phase; 0 writes none."""
-
-    def __post_init__(self) -> None:
-        phases = [f.name for f in fields(self) if "_phase" in f.name or f.name == "batch_size"]
-        sizes = [name for name in phases if name.startswith("batch_size")]
-        for name in (*sizes, "log_every", "eval_every", "probe_sequences"):
-            value = getattr(self, name)
-            require(value >= 1, f"training.{name} = {value} must be at least 1")
-        for name in (
-            *phases,
-            "weight_decay",
-            "eval_tokens",
-            "sample_tokens",
-            "balance_coef",
-            "z_coef",
-        ):
-            value = getattr(self, name)
-            require(0 <= value < inf, f"training.{name} = {value} must be finite and not negative")
-        for name in ("warmup", "lr_floor"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"training.{name} = {value} must be between 0 and 1")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name} = {value} must be in [0, 1)")
-        for name in ("grad_clip", "eps"):
-            value = getattr(self, name)
-            require(0 < value < inf, f"training.{name} = {value} must be positive and finite")
-        choices = {"lr_scaling": Scaling, "at_growth": AtGrowth, "anneal": Anneal}
-        for name, values in ((name, get_args(kind)) for name, kind in choices.items()):
-            value = getattr(self, name)
-            require(value in values, f"training.{name} = {value!r} must be one of {values}")
-        require(
-            re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every) is not None,
-            f"training.checkpoint_every = {self.checkpoint_every!r} is neither a number of steps "
-            "(200) nor of minutes (5min)",
-        )
-        micro = self.micro_batch_size
-        require(
-            micro is None or micro >= 1, f"training.micro_batch_size = {micro} must be at least 1"
-        )
-
-    def phases(self) -> dict[str, Phase]:
-        """The default schedule: dense, mixture of experts, wider, deeper."""
-        return {
-            "dense": Phase(
-                steps=self.steps_phase1,
-                batch_size=self.batch_size,
-                lr=self.lr_phase1,
-                checkpoint="dense_model.pt",
-            ),
-            "moe": Phase(
-                self.upcycle,
-                steps=self.steps_phase2,
-                batch_size=self.batch_size,
-                lr=self.lr_phase2,
-                checkpoint="moe_model_final.pt",
-                init_checkpoint="moe_model_init.pt",
-            ),
-            "wide": Phase(
-                self.widen,
-                steps=self.steps_phase3,
-                batch_size=self.batch_size_phase3,
-                lr=self.lr_phase3,
-                checkpoint="medium_moe_final.pt",
-            ),
-            "deep": Phase(
-                self.deepen,
-                steps=self.steps_phase4,
-                batch_size=self.batch_size_phase4,
-                lr=self.lr_phase4,
-                checkpoint="large_moe_final.pt",
-            ),
-        }
-
-
-SCHEDULE_FIELDS = ["upcycle", "widen", "deepen", "batch_size"]
-SCHEDULE_FIELDS += [f.name for f in fields(TrainingConfig) if "_phase" in f.name]
-"""What makes the default schedule; beside `Run.phases` these fields of TrainingConfig are idle."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
-
-    source: str = "auto"
-    """`auto`: TinyStories from the hub, or the built-in stories where no hub can be reached.
-    `tinystories`: from the hub, or an error. `hub:NAME`: another text dataset there.
-    `builtin`: stories from a small seeded grammar, no network. Anything else is a path: a text
-    file (.txt, .txt.gz; stories separated by <|endoftext|>) or a folder of them, where files named
-    valid* are the held-out text."""
-    tokenizer: str = "auto"
-    """A folder with a tokenizer.json or a name on the hub. `auto`: gpt2, and for the built-in
-    stories `learned`, a byte-level BPE learned on the text itself."""
-    num_stories: int = 50_000
-    """Read no more than this many stories; 0 reads all."""
-    text_field: str = "text"
-    """The column that holds the text in a dataset from the hub."""
-    holdout: float = 0.05
-    """Share of the stories held out for validation where the source has no split for it."""
-    cache: Path = Path("~/.cache/model-growth")
-    """Tokens are written here once."""
-
-    def __post_init__(self) -> None:
-        require(self.num_stories >= 0, f"data.num_stories = {self.num_stories} is negative")
-        require(0 < self.holdout < 1, f"data.holdout = {self.holdout} must lie between 0 and 1")
-
-
-Tracker = Literal["none", "tensorboard"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A language model that grows while it trains."""
-
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    data: DataConfig = DataConfig()
-    phases: dict[str, Phase] = field(default_factory=dict)
-    """A schedule of its own, by name and in order; empty: the four phases of `training`."""
-    init_from: str = ""
-    """Start from a pretrained Llama (or Mixtral) in transformers' format: a folder, or a name on
-    the hub. Its tokenizer is taken, and its model.*, but for the context to train on (seq_len)."""
-    out: Path = Path("checkpoints")
-    """Folder for checkpoints, history and plot."""
-    seed: int = 0
-    """Of the initial weights, the batches, the noise of growth and the samples."""
-    device: str = "auto"
-    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps, cpu."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the training step; weights and optimizer are float32. auto: bf16 autocast on
-    CUDA and on CPUs that have it natively (AVX512-BF16, AMX)."""
-    tracker: Tracker = "none"
-    """Show the history's numbers elsewhere too: tensorboard (`pip install tensorboard`) finds them
-    in `out`/tensorboard. Where it fails the run goes on without it."""
-    resume: bool = False
-    """Go on exactly where the run in `out` stopped."""
-    overwrite: bool = False
-    """Replace what an earlier run left in `out`."""
-    dry_run: bool = False
-    """Prepare the data, print what would run, phase by phase, and stop."""
-
-    def __post_init__(self) -> None:
-        require(
-            not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
-        )
-        require(
-            self.tracker in get_args(Tracker),
-            f"tracker = {self.tracker!r} must be one of {', '.join(get_args(Tracker))}",
-        )
-        require(
-            not self.init_from or self.data.tokenizer in ("auto", self.init_from),
-            f"data.tokenizer = {self.data.tokenizer}: the model that init_from names has its own",
-        )
-        require(0 <= self.seed < 2**63, f"seed = {self.seed} must be between 0 and 2^63 - 1")
-        default = TrainingConfig()
-        changed = [
-            name
-            for name in SCHEDULE_FIELDS
-            if getattr(self.training, name) != getattr(default, name)
-        ]
-        require(
-            not (self.phases and changed),
-            f"phases is set ({', '.join(self.phases)}), so training.{', training.'.join(changed)} "
-            "would have no effect: set the fields of the phases, or start from TrainingConfig()",
-        )
-
-    @property
-    def schedule(self) -> dict[str, Phase]:
-        return self.phases or self.training.phases()
-
-
-def full() -> Run:
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+
+def full() -> "Run":
     """64 M dense -> 246 M mixture of experts -> 932 M twice as wide -> 1.15 B deeper. One GPU."""
     return Run()
 
 
-def tiny() -> Run:
+def tiny() -> "Run":
     """All four phases in under a minute on a laptop's CPU, on the built-in stories."""
-    model = ModelConfig(
-        vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128, num_experts=0
-    )
+    model = ModelConfig(vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128)
     training = TrainingConfig(
         steps_phase1=240,
         steps_phase2=80,
@@ -615,12 +49,571 @@ def tiny() -> Run:
         eval_tokens=8_192,
         sample_tokens=60,
     )
-    return replace(
-        full(),
-        model=model,
-        training=training,
-        data=DataConfig(source="builtin", num_stories=8_000),
-    )
+    data = DataConfig(source="builtin", num_stories=8_000)
+    return replace(full(), model=model, training=training, data=data)
 
 
 PRESETS = {preset.__name__: preset for preset in (full, tiny)}
+
+
+def four_phases(training: "TrainingConfig") -> dict[str, "Phase"]:
+    """The default schedule: dense, mixture of experts, wider, deeper. Each phase says how the model
+    of the phase before grows into its own."""
+    return {
+        "dense": Phase(
+            steps=training.steps_phase1,
+            batch_size=training.batch_size,
+            lr=training.lr_phase1,
+            checkpoint="dense_model.pt",
+        ),
+        "moe": Phase(
+            growth=training.upcycle,
+            steps=training.steps_phase2,
+            batch_size=training.batch_size,
+            lr=training.lr_phase2,
+            checkpoint="moe_model_final.pt",
+            init_checkpoint="moe_model_init.pt",
+        ),
+        "wide": Phase(
+            growth=training.widen,
+            steps=training.steps_phase3,
+            batch_size=training.batch_size_phase3,
+            lr=training.lr_phase3,
+            checkpoint="medium_moe_final.pt",
+        ),
+        "deep": Phase(
+            growth=training.deepen,
+            steps=training.steps_phase4,
+            batch_size=training.batch_size_phase4,
+            lr=training.lr_phase4,
+            checkpoint="large_moe_final.pt",
+        ),
+    }
+
+
+class InputError(ValueError):
+    """Something the user asked for cannot be done. The message names the field and the value."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises InputError with `message` unless `condition`, about a user's value, is true."""
+    if not condition:
+        raise InputError(message)
+
+
+class Range(NamedTuple):
+    """The numbers that a field may hold, declared beside it: `Annotated[int, Range(1)]`."""
+
+    low: float
+    high: float = sys.float_info.max
+    exclude: tuple[float, ...] = ()
+    """Which of the two ends do not belong to the range."""
+
+    def __contains__(self, value: Any) -> bool:
+        return self.low <= value <= self.high and value not in self.exclude
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.low in self.exclude else 'at least'} {self.low:g}"
+        high = f" and {'below' if self.high in self.exclude else 'at most'} {self.high:g}"
+        return low + (high if self.high < sys.float_info.max else "")
+
+
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+PositiveFloat = Annotated[float, Range(0, exclude=(0,))]
+NonNegativeFloat = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, 1, exclude=(1,))]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+UNIONS = (Union, UnionType)
+TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+
+
+@cache
+def field_types(kind: type) -> dict[str, tuple[Any, ...]]:
+    """For each field of a dataclass, the types (with their Range) that it is declared to take."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        f.name: get_args(hint) if get_origin(hint := hints[f.name]) in UNIONS else (hint,)
+        for f in fields(kind)
+    }
+
+
+def accepts(hint: Any, value: Any) -> bool:
+    """Whether `value` is of the declared type, one of its choices, and in its range."""
+    if get_origin(hint) is Annotated:
+        base, allowed = get_args(hint)
+        return accepts(base, value) and value in allowed
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        numbers = int if hint is int else (int, float)
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, get_origin(hint) or hint)
+
+
+def described(hint: Any) -> str:
+    """A declared type, as an error message names it."""
+    if get_origin(hint) is Annotated:
+        base, allowed = get_args(hint)
+        return f"{TYPE_NAMES[base]}, {allowed}"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    return "None" if hint is NoneType else TYPE_NAMES.get(hint) or hint.__name__
+
+
+def check_fields(config: Any, section: str = "") -> None:
+    """Raises InputError for the first field of a dataclass whose value is not of its declared type,
+    choices or range. `section` is the option's prefix, as in `training.steps_phase1`."""
+    for name, hints in field_types(type(config)).items():
+        value = getattr(config, name)
+        if not any(accepts(hint, value) for hint in hints):
+            wanted = ", or ".join(map(described, hints))
+            raise InputError(f"{section}{name} = {value!r} must be {wanted}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary wavelengths of an imported model are stretched for a context longer than the
+    one it was first trained on. Fields are named as in transformers."""
+
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """`default` stretches nothing. `linear` stretches every wavelength by `factor`. `llama3`
+    stretches the long ones by `factor`, keeps the short ones, and blends between them."""
+    factor: PositiveFloat = 1.0
+    """How many times as long a stretched wavelength becomes."""
+    low_freq_factor: PositiveFloat = 1.0
+    """A wavelength counts as long if it fits into the original context fewer times than this."""
+    high_freq_factor: PositiveFloat = 4.0
+    """A wavelength counts as short if it fits into the original context more times than this."""
+    original_max_position_embeddings: PositiveInt = 8192
+    """Tokens of context that the model was first trained on."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.rope_scaling.")
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"model.rope_scaling.high_freq_factor = {self.high_freq_factor} must be "
+            f"above model.rope_scaling.low_freq_factor = {self.low_freq_factor}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: a Llama when dense, a Mixtral with experts."""
+
+    vocab_size: NonNegativeInt = 50_257
+    """Rows of the token embedding. 0 takes the tokenizer's number of tokens."""
+    d_model: PositiveInt = 512
+    """Width of the residual stream."""
+    n_layers: PositiveInt = 12
+    """Blocks, each of attention and a feed-forward or experts."""
+    n_heads: PositiveInt = 8
+    """Query heads in each block."""
+    n_kv_heads: PositiveInt | None = None
+    """Key/value heads, each serving n_heads / n_kv_heads query heads. None takes n_heads."""
+    head_dim: PositiveInt | None = None
+    """Width of a head, which growth never changes. None takes d_model / n_heads."""
+    d_ff: PositiveInt = 1408
+    """Inner width of the SwiGLU feed-forward, or of each expert."""
+    seq_len: PositiveInt = 256
+    """Context in tokens."""
+    num_experts: NonNegativeInt = 0
+    """Experts in each layer. 0 makes a dense model."""
+    top_k: PositiveInt = 2
+    """Experts that each token visits. A dense model ignores it."""
+    position_embedding: Literal["rope", "learned"] = "rope"
+    """`rope` rotates queries and keys by their position; `learned` adds a learned embedding."""
+    rope_theta: PositiveFloat = 10_000.0
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling = RopeScaling()
+    """How the rotary wavelengths are stretched."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head as well."""
+    logit_scale: PositiveFloat = 1.0
+    """Factor on the logits. Widening by r divides it by r where the embeddings are tied."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "model.")
+        require(
+            self.d_model % self.n_heads == 0,
+            f"model.n_heads = {self.n_heads} does not divide model.d_model = {self.d_model}",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_kv_heads = {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}",
+        )
+        require(
+            self.position_embedding != "rope" or self.head_size % 2 == 0,
+            f"rotary positions need an even head size: model.d_model = {self.d_model} over "
+            f"model.n_heads = {self.n_heads} gives {self.head_size}"
+            if self.head_dim is None
+            else f"rotary positions need an even head size, not model.head_dim = {self.head_dim}",
+        )
+        require(
+            not self.num_experts or self.top_k <= self.num_experts,
+            f"model.top_k = {self.top_k} must be at most model.num_experts = {self.num_experts}",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, `n_kv_heads` resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of a head, `head_dim` resolved."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        """The inverse of `asdict`; a missing field takes its default."""
+        scaling = RopeScaling(**values.get("rope_scaling", {}))
+        return cls(**{**values, "rope_scaling": scaling})
+
+    @property
+    def num_params(self) -> int:
+        """All parameters of the model."""
+        return self._count_params(experts=self.num_experts)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token passes through: those of top_k experts, not of all."""
+        return self._count_params(experts=min(self.top_k, self.num_experts))
+
+    def _count_params(self, experts: int) -> int:
+        heads, kv = self.n_heads * self.head_size, self.kv_heads * self.head_size
+        attention = self.d_model * (2 * heads + 2 * kv)
+        ffn = 3 * self.d_model * self.d_ff * (experts or 1) + self.d_model * self.num_experts
+        tables = self.vocab_size * (1 if self.tie_embeddings else 2)
+        tables += self.seq_len if self.position_embedding == "learned" else 0
+        norms = (2 * self.n_layers + 1) * self.d_model
+        return self.n_layers * (attention + ffn) + tables * self.d_model + norms
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a growth may move the model's function on the probe batch, in float32, before the
+    run stops. None takes the operator's own limit."""
+
+    max_logit_drift: Annotated[float, Range(0, inf)] | None = None
+    """Largest |logit difference|. None: 1e-4 where the function is kept, 1e-3 for widening, whose
+    noise cancels up to rounding, and no limit where the function changes."""
+    max_loss_drift: Annotated[float, Range(0, inf)] | None = None
+    """Largest change of the loss in nats per token. None: 1e-4 where the function is kept, and 2
+    where it changes, four times what re-initialising half of each expert cost (docs/growth.md)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tolerance.")
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """Turns every feed-forward into `num_experts` copies of itself behind a router."""
+
+    num_experts: PositiveInt = 8
+    """Experts in each layer."""
+    top_k: PositiveInt = 2
+    """Experts that each token visits."""
+    router_init_scale: PositiveFloat = 1.0
+    """Factor on the Xavier-uniform initial weights of the routers."""
+    reinit_fraction: Fraction = 0.0
+    """Fraction of each expert's inner units to re-initialise (0.5 in Drop-Upcycling), so that the
+    experts begin apart. Above 0 the function is not kept."""
+    tolerance: Tolerance = Tolerance()
+    """How far this growth may move the function."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "upcycle.")
+        require(
+            self.top_k <= self.num_experts,
+            f"upcycle.top_k = {self.top_k} must be at most "
+            f"upcycle.num_experts = {self.num_experts}",
+        )
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the function is kept."""
+        return not self.reinit_fraction
+
+
+@dataclass(frozen=True)
+class Widen:
+    """Repeats residual stream, heads and feed-forward `factor` times; a head keeps its size."""
+
+    factor: PositiveInt = 2
+    """How many times as wide the model becomes."""
+    noise: NonNegativeFloat = 0.1
+    """Standard deviation of the noise on the copies, relative to each weight's own. The noise
+    cancels over the copied inputs, so the function is kept. At 0 all copies get equal gradients
+    and stay equal for ever."""
+    tolerance: Tolerance = Tolerance()
+    """How far this growth may move the function."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "widen.")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the function is kept."""
+        return True
+
+
+Placement = Literal["interleaved", "end", "middle"]
+BlockInit = Literal["identity", "copy"]
+
+
+@dataclass(frozen=True)
+class Deepen:
+    """Inserts new blocks. Adam starts afresh in each of them."""
+
+    extra_layers: NonNegativeInt = 3
+    """Number of new blocks."""
+    placement: Placement = "interleaved"
+    """`interleaved` spreads the new blocks evenly between the old ones, `end` puts them after the
+    last, `middle` puts them all in the middle."""
+    init: BlockInit = "identity"
+    """`identity` sets the new output projections to zero, which keeps the function. `copy` repeats
+    the old blocks before each run of new ones (G_stack), which changes it."""
+    tolerance: Tolerance = Tolerance()
+    """How far this growth may move the function."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "deepen.")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the function is kept."""
+        return self.init == "identity" or not self.extra_layers
+
+
+Growth = Upcycle | Widen | Deepen
+
+
+def resolve_tolerance(growth: Growth) -> tuple[float, float]:
+    """Returns the largest |logit difference| and the largest change of the loss, in nats, that a
+    growth may cause: the user's limits, and the operator's own for each None."""
+    logit, loss = (1e-4, 1e-4) if growth.is_exact else (inf, 2.0)
+    if isinstance(growth, Widen):
+        logit = 1e-3
+    chosen = growth.tolerance
+    return (
+        logit if chosen.max_logit_drift is None else chosen.max_logit_drift,
+        loss if chosen.max_loss_drift is None else chosen.max_loss_drift,
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, and how the model of the phase before grows into this one's."""
+
+    growth: Growth | None = None
+    """The operator that grows the model before this phase. None trains the model as it is."""
+    steps: NonNegativeInt = 1000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 8
+    """Sequences of seq_len tokens in each optimizer step."""
+    lr: NonNegativeFloat = 3e-4
+    """Peak learning rate."""
+    checkpoint: str = ""
+    """File name of the trained model. Empty takes <phase>_final.pt."""
+    init_checkpoint: str = ""
+    """File name of the grown model before training. Empty writes none."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+LrScaling = Literal["none", "width"]
+StateOnGrowth = Literal["carry", "reset", "reset-warmup"]
+DecayTarget = Literal["next_peak", "floor"]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The four phases of the default schedule, and how every phase is trained."""
+
+    steps_phase1: NonNegativeInt = 1000
+    """Optimizer steps in phase 1, the dense model."""
+    steps_phase2: NonNegativeInt = 1000
+    """Optimizer steps in phase 2, after upcycling."""
+    steps_phase3: NonNegativeInt = 500
+    """Optimizer steps in phase 3, after widening."""
+    steps_phase4: NonNegativeInt = 500
+    """Optimizer steps in phase 4, after deepening."""
+    lr_phase1: NonNegativeFloat = 3e-4
+    """Peak learning rate in phase 1."""
+    lr_phase2: NonNegativeFloat = 2e-4
+    """Peak learning rate in phase 2."""
+    lr_phase3: NonNegativeFloat = 1e-4
+    """Peak learning rate in phase 3."""
+    lr_phase4: NonNegativeFloat = 5e-5
+    """Peak learning rate in phase 4."""
+    batch_size: PositiveInt = 8
+    """Sequences in each optimizer step of phases 1 and 2."""
+    batch_size_phase3: PositiveInt = 2
+    """Sequences in each optimizer step of phase 3."""
+    batch_size_phase4: PositiveInt = 1
+    """Sequences in each optimizer step of phase 4."""
+    upcycle: Upcycle = Upcycle()
+    """How phase 1's model becomes phase 2's."""
+    widen: Widen = Widen()
+    """How phase 2's model becomes phase 3's."""
+    deepen: Deepen = Deepen()
+    """How phase 3's model becomes phase 4's."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Sequences to process at a time, gradients being added up. The load-balancing loss is then
+    taken over each micro-batch, not over the whole batch. None processes the batch at once."""
+    low_memory: bool = False
+    """Train with FlashAdamW (24-bit weights, 8-bit moments; needs flashoptim and CUDA): 7 bytes a
+    parameter instead of 14. Between phases Adam's 8 bytes a parameter lie on the CPU."""
+    fused_kernels: bool = True
+    """Use Triton kernels for bf16 on CUDA, and a bf16 copy of the weights that is cast once a step.
+    Off uses torch's own operations under autocast."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Run the fused step as one CUDA graph. `auto` does so in phases long enough for it to pay."""
+    lr_scaling: LrScaling = "width"
+    """`width` divides the learning rate of each matrix by how often widening has repeated its input
+    axis, multiplies its weight decay by as much, and scales Adam's eps as gradients were scaled: a
+    model widened without noise then trains exactly as it would have before. `none` uses one rate
+    for all, which after widening by 2 changes the function twice as fast."""
+    optimizer_state_on_growth: StateOnGrowth = "carry"
+    """What happens to Adam's moments at a growth. `carry` grows them with the weights and warms the
+    learning rate up. `reset` drops them and starts at the peak rate. `reset-warmup` drops them and
+    warms the learning rate up."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay on matrices and embeddings; gains of norms do not decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest norm of the gradient; a larger one is scaled down to it."""
+    beta1: Decay = 0.9
+    """Decay of Adam's first moment."""
+    beta2: Decay = 0.95
+    """Decay of Adam's second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of Adam's second moment."""
+    warmup_fraction: Fraction = 0.05
+    """Fraction of each phase's steps over which the learning rate rises to its peak."""
+    min_lr_ratio: Fraction = 0.1
+    """Where the learning rate of the last phase ends, as a fraction of its peak."""
+    decay_to: DecayTarget = "next_peak"
+    """Where the learning rate of the earlier phases ends. `next_peak`: at the next phase's peak if
+    that is lower, so that the loss need not rise when the rate does. `floor`: at min_lr_ratio."""
+    load_balance_coef: NonNegativeFloat = 1e-2
+    """Weight of the load-balancing loss (a mean over layers)."""
+    z_loss_coef: NonNegativeFloat = 1e-3
+    """Weight of the router z-loss (a mean over layers)."""
+    log_every: PositiveInt = 10
+    """Optimizer steps between `step` lines in the history."""
+    eval_every: PositiveInt = 100
+    """Optimizer steps between evaluations; a phase's start and end are always evaluated."""
+    eval_tokens: NonNegativeInt = 32_768
+    """Validation tokens in each evaluation."""
+    probe_sequences: PositiveInt = 8
+    """Sequences in the frozen probe batch that judges each growth."""
+    checkpoint_every: str = "5min"
+    """How often to keep a point to resume from within a phase: minutes (5min) or steps (200)."""
+    sample_tokens: NonNegativeInt = 80
+    """Length of the sample stories at the end of each phase. 0 writes none."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "training.")
+        require(
+            re.fullmatch(r"[1-9]\d*(min)?", self.checkpoint_every) is not None,
+            f"training.checkpoint_every = {self.checkpoint_every!r} is neither a number of steps "
+            "(200) nor of minutes (5min)",
+        )
+
+
+SCHEDULE_FIELDS = ["upcycle", "widen", "deepen", "batch_size"]
+SCHEDULE_FIELDS += [f.name for f in fields(TrainingConfig) if "_phase" in f.name]
+"""Fields of TrainingConfig that make the default schedule; a `Run` with `phases` ignores them."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "auto"
+    """`auto`: TinyStories from the hub, or the built-in stories where no hub can be reached.
+    `tinystories`: TinyStories or an error. `hub:NAME`: another text dataset on the hub. `builtin`:
+    stories from a small seeded grammar, no network. Anything else is a path: a text file (.txt,
+    .txt.gz; stories separated by <|endoftext|>) or a folder of them, in which files named valid*
+    are the validation text."""
+    tokenizer: str = "auto"
+    """A folder with a tokenizer.json, a name on the hub, or `learned`, a byte-level BPE learned on
+    the text itself. `auto` takes gpt2, and `learned` for the built-in stories."""
+    num_stories: NonNegativeInt = 50_000
+    """Largest number of stories to read. 0 reads all."""
+    text_field: str = "text"
+    """Column that holds the text in a dataset from the hub."""
+    valid_fraction: Annotated[float, Range(0, 1, exclude=(0, 1))] = 0.05
+    """Fraction of the stories to hold out for validation where the source has no split for it."""
+    cache: Path = Path("~/.cache/model-growth")
+    """Folder in which tokens are written once and found again."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "data.")
+
+
+TrackerName = Literal["none", "tensorboard"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A language model that grows while it trains."""
+
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    data: DataConfig = DataConfig()
+    phases: dict[str, Phase] = field(default_factory=dict)
+    """A schedule of your own, by name and in order. Empty takes the four phases of `training`."""
+    init_from: str = ""
+    """Start from a pretrained Llama (or Mixtral) in transformers' format: a folder, or a name on
+    the hub. It brings its tokenizer and all of model.* but the context to train on (seq_len)."""
+    out: Path = Path("checkpoints")
+    """Folder for checkpoints, history and plot."""
+    seed: Seed = 0
+    """Seed of the initial weights, the batches, the noise of growth and the samples."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the training step; weights and optimizer are float32. `auto` takes bf16 on CUDA
+    and on CPUs that compute it natively (AVX512-BF16, AMX)."""
+    tracker: TrackerName = "none"
+    """Send the history's numbers to a tracker too: tensorboard (`pip install tensorboard`) finds
+    them in `out`/tensorboard. If the tracker fails, the run goes on without it."""
+    resume: bool = False
+    """Go on exactly where the run in `out` stopped."""
+    overwrite: bool = False
+    """Replace what an earlier run left in `out`."""
+    dry_run: bool = False
+    """Prepare the data, print what would run, phase by phase, and stop."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
+        )
+        require(
+            not self.init_from or self.data.tokenizer in ("auto", self.init_from),
+            f"data.tokenizer = {self.data.tokenizer}: the model that init_from names has its own",
+        )
+        default = TrainingConfig()
+        changed = [
+            name
+            for name in SCHEDULE_FIELDS
+            if getattr(self.training, name) != getattr(default, name)
+        ]
+        require(
+            not (self.phases and changed),
+            f"phases is set ({', '.join(self.phases)}), so training.{', training.'.join(changed)} "
+            "would have no effect: set the fields of the phases, or start from TrainingConfig()",
+        )
+
+    @property
+    def schedule(self) -> dict[str, Phase]:
+        """The phases of the run, by name and in order."""
+        return self.phases or four_phases(self.training)
