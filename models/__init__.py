@@ -1,19 +1,18 @@
 """The model: a Llama when dense, a Mixtral with experts."""
 
-from models.cache import Cache
-from models.loss import next_token_loss
-from models.model import AXES, SLM, Output, axes, initialise
+from models.kv_cache import KVCache
+from models.meta import meta_model
+from models.model import AXES, SLM, ModelOutput, axes, initialize, next_token_loss
 from models.moe import Routing
-from models.outline import outline
 
 __all__ = [
     "AXES",
     "SLM",
-    "Cache",
-    "Output",
+    "KVCache",
+    "ModelOutput",
     "Routing",
     "axes",
-    "initialise",
+    "initialize",
+    "meta_model",
     "next_token_loss",
-    "outline",
 ]

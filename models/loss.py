@@ -1,28 +1,24 @@
-"""Cross-entropy of the next token, sparing the memory that float32 logits would take."""
+"""Cross-entropy without the float32 copies of the logits that autograd keeps."""
 
 import torch
 from torch import Tensor
 
-from models.fused import fuses
-from models.model import Output
-from models.precision import lowered
-
-CHUNK = 1 << 26
+MAX_FLOAT32_LOGITS = 1 << 26
 """Float32 logits that exist at a time."""
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean of -log softmax(logits)[target], in float32 or better whatever the logits are.
+    """Mean of -log softmax(logits)[target], in float32 or better whatever the logits' dtype.
 
-    The gradient, (softmax - onehot) / N, is made on the way and kept in the logits' own precision:
-    1 copy of them where autograd keeps 3, two of those in float32.
+    The gradient, (softmax - onehot) / N, is computed in the forward pass and kept in the logits'
+    own dtype: one copy of them, where autograd keeps three, two of those in float32.
     """
 
     @staticmethod
     def forward(ctx, logits_NV: Tensor, target_N: Tensor) -> Tensor:
         exact = torch.promote_types(logits_NV.dtype, torch.float32)
         loss, grads = torch.zeros((), device=logits_NV.device, dtype=exact), []
-        rows = max(1, CHUNK // logits_NV.shape[1])
+        rows = max(1, MAX_FLOAT32_LOGITS // logits_NV.shape[1])
         for logits, target in zip(logits_NV.split(rows), target_N.split(rows), strict=True):
             log_p, target = logits.to(exact).log_softmax(-1), target[:, None]
             loss -= log_p.gather(1, target).sum()
@@ -37,14 +33,3 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
         (grad_NV,) = ctx.saved_tensors
         return grad_NV.mul_(grad_loss.to(grad_NV.dtype)), None  # a second backward is an error
-
-
-def next_token_loss(out: Output, tokens_BS: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of predicting windows (B, T + 1) from their first T tokens."""
-    hidden_ND, target_N = out.hidden_BTD.flatten(0, 1), tokens_BS[:, 1:].flatten()
-    if fuses(hidden_ND):
-        from models.fused.cross_entropy import HeadLoss
-
-        asked = torch.is_grad_enabled()
-        return HeadLoss.apply(hidden_ND, lowered(out.head_VD), target_N, out.vocab_size, asked)
-    return CrossEntropy.apply(out.logits.flatten(0, 1), target_N)

@@ -2,9 +2,11 @@
 
 Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads, G key/value heads,
 K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
+
+Blocks call their operations through `ops` (models/ops.py), which either calls the modules below or
+a kernel that computes the same.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, cached_property, partial
 
@@ -13,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig, require
-from models import short
-from models.cache import Cache, Past
-from models.fused import fuses
+from models.kv_cache import KVCache, LayerKV
 from models.moe import MoE, Routing
-from models.precision import lowered
-from models.rotary import rotary, rotate
+from models.ops import PLAIN, Ops, Rope, choose_ops, trim_head
+from models.rope import apply_rope, rope_cos_sin
 
 # What each dimension of each parameter is, written "outputs < input". Growth and its tests read
 # this table; nothing else needs to know how a tensor is laid out.
@@ -45,157 +45,155 @@ AXES = {
 
 @cache
 def axes(name: str) -> tuple[tuple[str, ...], str | None]:
-    """The output axes of a parameter and the one its products are summed over, None for tables
-    and gains. Raises KeyError for a parameter that AXES does not know."""
+    """Returns the output axes of a parameter, and its input axis: the one that its products sum
+    over, None for tables and gains.
+
+    Raises:
+        KeyError: for a parameter that AXES does not know.
+    """
     for pattern, dims in AXES.items():
         if fnmatchcase(name, pattern):
-            outputs, _, summed = dims.partition("<")
-            return tuple(outputs.split()), summed.strip() or None
+            outputs, _, input_axis = dims.partition("<")
+            return tuple(outputs.split()), input_axis.strip() or None
     raise KeyError(f"no row of AXES matches {name}")
 
 
-def initialise(name: str, weight: Tensor, n_layers: int, generator: torch.Generator | None = None):
-    """GPT-2's law: normal with 0.02, projections onto the residual stream divided by the square
-    root of how many there are; gains are one, routers Xavier-uniform."""
-    law = partial(nn.init.normal_, std=0.02, generator=generator)
+def initialize(name: str, weight: Tensor, n_layers: int, generator: torch.Generator | None = None):
+    """Fills a parameter by GPT-2's law: normal with standard deviation 0.02, projections onto the
+    residual stream divided by the square root of how many there are. Gains are one, and routers are
+    Xavier-uniform."""
+    init = partial(nn.init.normal_, std=0.02, generator=generator)
     if name.endswith("norm.weight"):
-        law = nn.init.ones_
+        init = nn.init.ones_
     elif name.endswith("router.weight"):
-        law = partial(nn.init.xavier_uniform_, generator=generator)
+        init = partial(nn.init.xavier_uniform_, generator=generator)
     elif "o_proj" in name or "down_proj" in name:
-        law = partial(nn.init.normal_, std=0.02 / (2 * n_layers) ** 0.5, generator=generator)
-    law(weight)
+        init = partial(nn.init.normal_, std=0.02 / (2 * n_layers) ** 0.5, generator=generator)
+    init(weight)
 
 
-class Output:
-    """What a model makes of tokens (B, T): the logits, and before them what they are made of."""
+class ModelOutput:
+    """What a model computes from tokens (B, T): logits (B, T, V) on demand, and what the routers
+    did."""
 
     def __init__(
-        self, hidden_BTD: Tensor, head_VD: Tensor, vocab_size: int, routing: tuple[Routing, ...]
+        self,
+        hidden_BTD: Tensor,
+        head_VD: Tensor,
+        vocab_size: int,
+        routing: tuple[Routing, ...],
+        ops: Ops = PLAIN,
     ):
-        self.hidden_BTD, self.head_VD = hidden_BTD, head_VD
+        self.hidden_BTD, self.head_VD, self.ops = hidden_BTD, head_VD, ops
         self.vocab_size = vocab_size
         """The head may have more rows than that, for alignment."""
         self.routing = routing
-        """One per mixture-of-experts layer; empty when dense."""
+        """One Routing per mixture-of-experts layer; empty when dense."""
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, T, V), made when first asked for."""
-        return F.linear(self.hidden_BTD, self.unpadded)
+        """Logits (B, T, V), computed when first asked for."""
+        return F.linear(self.hidden_BTD, trim_head(self.head_VD, self.vocab_size))
 
-    def logits_at(self, places: list[int]) -> Tensor:
-        """(B, V): those of one place in each row, without making all others."""
-        hidden_BD = self.hidden_BTD[range(len(places)), places]
-        return F.linear(hidden_BD, self.unpadded)
-
-    @property
-    def unpadded(self) -> Tensor:
-        """The head (V, D). A slice would cost a gradient of zeros for what it leaves out."""
-        padded = len(self.head_VD) > self.vocab_size
-        return self.head_VD[: self.vocab_size] if padded else self.head_VD
+    def logits_at(self, positions: list[int]) -> Tensor:
+        """Returns the logits (B, V) at one position of each row, without computing the others."""
+        hidden_BD = self.hidden_BTD[range(len(positions)), positions]
+        return F.linear(hidden_BD, trim_head(self.head_VD, self.vocab_size))
 
     @property
-    def balance_loss(self) -> Tensor:
+    def load_balance_loss(self) -> Tensor:
         """Mean over layers; zero when dense."""
-        return self._mean([layer.balance for layer in self.routing])
+        return self._mean([layer.load_balance_loss for layer in self.routing])
 
     @property
     def z_loss(self) -> Tensor:
         """Mean over layers; zero when dense."""
-        return self._mean([layer.z for layer in self.routing])
+        return self._mean([layer.z_loss for layer in self.routing])
 
     def _mean(self, values: list[Tensor]) -> Tensor:
         return torch.stack(values).mean() if values else self.hidden_BTD.new_zeros(())
 
 
+def next_token_loss(out: ModelOutput, tokens_BS: Tensor) -> Tensor:
+    """Returns the mean cross-entropy, in nats, of the model's output for the first T tokens of
+    windows (B, T + 1) against the last T."""
+    hidden_ND, target_N = out.hidden_BTD.flatten(0, 1), tokens_BS[:, 1:].flatten()
+    return out.ops.head_loss(hidden_ND, out.head_VD, target_N, out.vocab_size)
+
+
 class SLM(nn.Module):
-    """A decoder of `config`'s shape, initialised from torch's global generator. Raises InputError
-    where the configuration leaves the vocabulary's size open."""
+    """A decoder of `config`'s shape, initialised from torch's global generator.
+
+    Raises:
+        InputError: if the configuration leaves the size of the vocabulary open.
+    """
+
+    fused_kernels = True
+    """Whether the forward pass may use Triton kernels, where they are available."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         require(config.vocab_size > 0, "model.vocab_size = 0 stands for the tokenizer's: set it")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        if config.position == "learned":
+        if config.position_embedding == "learned":
             self.position = nn.Embedding(config.seq_len, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        if not config.tied:
+        if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         with torch.no_grad():
             for name, weight in self.named_parameters():
-                initialise(name, weight, config.n_layers)
+                initialize(name, weight, config.n_layers)
 
-    def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Output:
-        """tokens (B, T) int64 -> logits (B, T, V) and what the routers did. With a `cache` they go
-        on from the tokens it holds, and are added to those. Raises ValueError for a text longer
-        than seq_len."""
+    @property
+    def is_packed(self) -> bool:
+        """Whether projections of the same input lie in one weight, as in a working copy."""
+        return self.blocks[0].get_submodule("attn").packed is not None
+
+    def forward(self, tokens_BT: Tensor, kv_cache: KVCache | None = None) -> ModelOutput:
+        """Computes the logits of tokens (B, T) int64. With a `kv_cache` the tokens follow those it
+        holds, and are added to them.
+
+        Raises:
+            ValueError: for a text longer than seq_len.
+        """
         config, length = self.config, tokens_BT.shape[1]
-        end = length if cache is None else max(cache.lengths) + length
+        end = length if kv_cache is None else max(kv_cache.lengths) + length
         if end > config.seq_len:
             raise ValueError(f"{end} tokens do not fit a context of {config.seq_len}")
-        place_BT, pasts = None, [None] * config.n_layers
-        if cache is not None:
-            place_BT, pasts = cache.extend(length)
-        x_BTD, table_VD = self.looked_up(tokens_BT)
-        x_BTD, rotation = self.placed(x_BTD, place_BT)
+        position_BT, layer_kvs = None, [None] * config.n_layers
+        if kv_cache is not None:
+            position_BT, layer_kvs = kv_cache.reserve(length)
+
+        ops = choose_ops(self)
+        x_BTD, table_VD = ops.embed(self.embed, tokens_BT, self.norm.weight.dtype)
+        x_BTD, rope = self.add_positions(x_BTD, position_BT)
         delta_BTD, routing = None, []
-        with self.together():
-            for block, past in zip(self.blocks, pasts, strict=True):
-                x_BTD, delta_BTD, layer = block(x_BTD, delta_BTD, rotation, past)
-                if layer is not None:
-                    routing.append(layer)
-            _, x_BTD = add_norm(x_BTD, delta_BTD, self.norm)
+        for block, layer_kv in zip(self.blocks, layer_kvs, strict=True):
+            x_BTD, delta_BTD, layer_routing = block(x_BTD, delta_BTD, rope, layer_kv, ops)
+            if layer_routing is not None:
+                routing.append(layer_routing)
+        _, hidden_BTD = ops.add_norm(x_BTD, delta_BTD, self.norm)
         if config.logit_scale != 1:
-            x_BTD = x_BTD * config.logit_scale
-        head_VD = table_VD if config.tied else self.head.weight
-        return Output(x_BTD, head_VD, config.vocab_size, tuple(routing))
+            hidden_BTD = hidden_BTD * config.logit_scale
+        head_VD = table_VD if config.tie_embeddings else self.head.weight
+        return ModelOutput(hidden_BTD, head_VD, config.vocab_size, tuple(routing), ops)
 
-    def together(self) -> AbstractContextManager[None]:
-        """In training from a bf16 copy (utils/masters.py) the gradients of all blocks' weights are
-        made together."""
-        is_copy = self.blocks[0].get_submodule("attn").packed is not None
-        if is_copy and torch.is_grad_enabled() and fuses(self.embed.weight):
-            from models.fused.late import together
-
-            return together(self)
-        return nullcontext()
-
-    def looked_up(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens' embeddings (B, T, D), and the table they are from."""
-        table_VD = self.embed.weight
-        if fuses(table_VD):
-            from models.fused.embed import Embed
-
-            return Embed.apply(tokens_BT, table_VD)
-        return self.embed(tokens_BT).to(self.norm.weight.dtype), table_VD
-
-    def placed(
-        self, x_BTD: Tensor, place_BT: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Embeddings (B, T, D), with their positions added or beside their rotary angles. They
-        stand where `place_BT` says, or from 0 on."""
+    def add_positions(
+        self, x_BTD: Tensor, position_BT: Tensor | None
+    ) -> tuple[Tensor, Rope | None]:
+        """Returns embeddings (B, T, D) with learned positions added and None, or as they are with
+        the angles of rotary ones. Positions count from 0 unless they are given."""
         length = x_BTD.shape[1]
-        if self.config.position == "learned":
+        if self.config.position_embedding == "learned":
             table = self.position.weight
-            return x_BTD + (table[:length] if place_BT is None else table[place_BT]), None
-        if place_BT is None:
-            place = torch.arange(length, device=x_BTD.device, dtype=torch.float32)
+            return x_BTD + (table[:length] if position_BT is None else table[position_BT]), None
+        if position_BT is None:
+            position = torch.arange(length, device=x_BTD.device, dtype=torch.float32)
         else:
-            place = place_BT[:, None]  # alike for all heads
-        return x_BTD, rotary(place, self.config, x_BTD)
-
-
-def add_norm(x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm) -> tuple[Tensor, Tensor]:
-    """The residual stream with what is to be added to it, and the norm of that."""
-    if fuses(x_BTD):
-        from models.fused.norm import fused_add_norm
-
-        return fused_add_norm(x_BTD, delta_BTD, norm)
-    x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD
-    return x_BTD, norm(x_BTD)
+            position = position_BT[:, None]  # the same for all heads
+        return x_BTD, rope_cos_sin(position, self.config, x_BTD)
 
 
 class Block(nn.Module):
@@ -216,33 +214,33 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         delta_BTD: Tensor | None,
-        rotation: tuple[Tensor, Tensor] | None,
-        past: Past | None = None,
+        rope: Rope | None,
+        layer_kv: LayerKV | None = None,
+        ops: Ops = PLAIN,
     ) -> tuple[Tensor, Tensor, Routing | None]:
-        """Hands on the residual stream (B, T, D), and apart from it what is still to be added to
-        it; then what the router did, None without one."""
-        x_BTD, h_BTD = add_norm(x_BTD, delta_BTD, self.attn_norm)
-        x_BTD, h_BTD = add_norm(x_BTD, self.attn(h_BTD, rotation, past), self.ffn_norm)
+        """Returns `(x_BTD, delta_BTD, routing)`. `delta_BTD` is this block's output, not yet added,
+        so that the next norm can fuse the addition; `routing` is None without experts."""
+        x_BTD, h_BTD = ops.add_norm(x_BTD, delta_BTD, self.attn_norm)
+        attention_BTD = ops.attention(self.attn, h_BTD, rope, layer_kv)
+        x_BTD, h_BTD = ops.add_norm(x_BTD, attention_BTD, self.ffn_norm)
         if self.is_moe:
-            return x_BTD, *self.moe(h_BTD)
-        return x_BTD, self.mlp(h_BTD), None
+            return x_BTD, *ops.moe(self.moe, h_BTD)
+        return x_BTD, ops.mlp(self.mlp, h_BTD), None
 
 
 class Attention(nn.Module):
-    """Causal; `kv_heads` key/value heads serve `n_heads` query heads in groups, in order."""
+    """Causal self-attention; `kv_heads` key/value heads serve `n_heads` query heads in groups, in
+    order."""
 
     PACKED: tuple[str, ...] = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
     packed: nn.Parameter | None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim, self.n_heads, self.kv_heads = (
-            config.head_size,
-            config.n_heads,
-            config.kv_heads,
-        )
+        self.head_dim, self.n_heads = config.head_size, config.n_heads
+        self.kv_heads = config.kv_heads
         heads, kv_heads = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
-        # Apart, not packed into one: a packed matrix would tile into q k v q k v.
+        # Separate, not packed into one: a packed matrix would tile into q k v q k v.
         self.q_proj = nn.Linear(config.d_model, heads, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_heads, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_heads, bias=False)
@@ -252,50 +250,31 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor] | None,
-        past: Past | None = None,
+        rope: Rope | None,
+        layer_kv: LayerKV | None = None,
+        ops: Ops = PLAIN,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D): each token of what it, and what came before it, holds."""
-        x_BTD = lowered(x_BTD)
-        if fuses(x_BTD) and past is None:
-            from models.fused.attention import attend, serves
-
-            if serves(x_BTD.shape[1], self.head_dim):
-                return attend(self, x_BTD, rotation)
-        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTD, rotation)
-        if past is not None:
-            k_BGTK, v_BGTK = past.extended(k_BGTK, v_BGTK)
-        if past is None and short.serves(q_BHTK):
-            y_BHTK = short.attend(q_BHTK, k_BGTK, v_BGTK)
-        else:
-            y_BHTK = F.scaled_dot_product_attention(
-                q_BHTK,
-                k_BGTK,
-                v_BGTK,
-                attn_mask=None if past is None else past.seen_B1TS,
-                is_causal=past is None,
-                enable_gqa=self.kv_heads != self.n_heads,
-            )
+        """Returns (B, T, D): for each token, a mix of the values of itself and those before it."""
+        q_BHTK, k_BGSK, v_BGSK = ops.project_qkv(self, x_BTD, rope)
+        mask_B1TS = None
+        if layer_kv is not None:
+            (k_BGSK, v_BGSK), mask_B1TS = layer_kv.append(k_BGSK, v_BGSK), layer_kv.mask_B1TS
+        y_BHTK = ops.attend(q_BHTK, k_BGSK, v_BGSK, mask_B1TS)
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
-    def project(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """Queries (B, H, T, K), keys and values (B, G, T, K), turned by their rotary angles."""
-        one_table = rotation is None or rotation[0].dim() == 2  # not one for each row of a batch
-        if fuses(x_BTD) and one_table:
-            from models.fused.turn import project
-
-            return project(self, x_BTD, rotation)
+    def project_qkv(self, x_BTD: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns rotated queries (B, H, T, K) and keys, and values (B, G, T, K)."""
         q_BHTK, k_BGTK, v_BGTK = (
             proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if rotation is not None:
-            q_BHTK, k_BGTK = rotate(q_BHTK, *rotation), rotate(k_BGTK, *rotation)
+        if rope is not None:
+            q_BHTK, k_BGTK = apply_rope(q_BHTK, *rope), apply_rope(k_BGTK, *rope)
         return q_BHTK, k_BGTK, v_BGTK
 
 
 class MLP(nn.Module):
-    """SwiGLU (2002.05202)."""
+    """The SwiGLU feed-forward (arXiv:2002.05202)."""
 
     PACKED: tuple[str, ...] = ("gate_proj.weight", "up_proj.weight")
     packed: nn.Parameter | None
@@ -309,9 +288,4 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
-        x_BTD = lowered(x_BTD)
-        if fuses(x_BTD):
-            from models.fused.swiglu import feed_forward
-
-            return feed_forward(self, x_BTD)
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

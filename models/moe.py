@@ -1,6 +1,6 @@
 """A mixture of experts that drops no token: every choice is computed, sorted by expert.
 
-Shapes as in model.py, and: N tokens, C choices per token, M = N * C rows sorted by expert.
+Shapes are as in model.py, and: N tokens, C choices per token, M = N * C rows sorted by expert.
 """
 
 from typing import NamedTuple
@@ -10,24 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig
-from models.fused import fuses
-from models.precision import lowered, side_by_side
+from models.precision import autocast_to
 
 
 class Routing(NamedTuple):
     """What one layer's router did with a batch."""
 
-    chosen_NC: Tensor
-    """Experts of each token, the heaviest first, int64."""
+    expert_ids_NC: Tensor
+    """Chosen experts of each token, the one with the largest weight first, int64."""
     load_E: Tensor
     """Share of all choices that went to each expert; sums to 1."""
-    balance: Tensor
-    """Switch Transformer's balance loss (2101.03961, eq. 4), summed over choices: E * sum of (share
-    of tokens x mean probability), top_k where both are uniform."""
-    z: Tensor
-    """Mean squared log of the softmax denominator (ST-MoE, 2202.08906, eq. 5)."""
+    load_balance_loss: Tensor
+    """Switch Transformer's loss (arXiv:2101.03961, eq. 4), summed over choices: E * sum of (share
+    of tokens x mean probability), which is top_k where both are uniform."""
+    z_loss: Tensor
+    """Mean squared log of the softmax denominator (ST-MoE, arXiv:2202.08906, eq. 5)."""
     logits_NE: Tensor
-    """Without gradients."""
+    """The router's logits, without gradients."""
 
 
 class Router(nn.Module):
@@ -39,26 +38,29 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Routing]:
-        """The weights (N, C) of each token's chosen experts, which sum to 1, and the choice."""
+        """Returns the weights (N, C) of each token's chosen experts, which sum to 1, and the
+        choice."""
         # In the weights' own precision: rounding the logits to bf16 would flip close choices.
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(self.weight.dtype), self.weight)
-            top_NC, chosen_NC = logits_NE.topk(self.top_k)
+            top_NC, expert_ids_NC = logits_NE.topk(self.top_k)
             weight_NC = top_NC.softmax(-1)
-            count_E = count(chosen_NC, len(self.weight)).to(logits_NE.dtype)
+            count_E = count_choices(expert_ids_NC, len(self.weight)).to(logits_NE.dtype)
             share_E = count_E / len(x_ND)
+            balance = len(self.weight) * (share_E * logits_NE.softmax(-1).mean(0)).sum()
             return weight_NC, Routing(
-                chosen_NC=chosen_NC,
+                expert_ids_NC=expert_ids_NC,
                 load_E=share_E / self.top_k,
-                balance=len(self.weight) * (share_E * logits_NE.softmax(-1).mean(0)).sum(),
-                z=logits_NE.logsumexp(-1).square().mean(),
+                load_balance_loss=balance,
+                z_loss=logits_NE.logsumexp(-1).square().mean(),
                 logits_NE=logits_NE.detach(),
             )
 
 
-def count(chosen_NC: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen. (`bincount` would make the host wait for the GPU.)"""
-    flat = chosen_NC.flatten()
+def count_choices(expert_ids_NC: Tensor, num_experts: int) -> Tensor:
+    """Returns how often each expert was chosen, (E,) int64. (`bincount` would make the host wait
+    for the GPU.)"""
+    flat = expert_ids_NC.flatten()
     return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
@@ -78,22 +80,14 @@ class MoE(nn.Module):
         self.register_parameter("packed", None)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
-        """(B, T, D) -> (B, T, D), and what the router did."""
+        """Returns (B, T, D), and what the router did."""
         x_ND = x_BTD.flatten(0, 1)
-        if fuses(x_ND) and has_grouped_mm(lowered(self.down_proj)):
-            from models.fused.experts import Experts
-
-            gate_up, down = side_by_side(self), lowered(self.down_proj)
-            router = self.router
-            y_ND, balance, z, chosen_NC, load_E, logits_NE = Experts.apply(
-                lowered(x_ND), router.weight, gate_up, down, router.top_k
-            )
-            return y_ND.view(x_BTD.shape), Routing(chosen_NC, load_E, balance, z, logits_NE)
         weight_NC, routing = self.router(x_ND)
-        order_M = routing.chosen_NC.flatten().argsort(stable=True)
-        ends_E = count(routing.chosen_NC, len(self.gate_proj)).cumsum(0, dtype=torch.int32)
+        order_M = routing.expert_ids_NC.flatten().argsort(stable=True)
+        count_E = count_choices(routing.expert_ids_NC, len(self.gate_proj))
+        ends_E = count_E.cumsum(0, dtype=torch.int32)
 
-        x_MD = lowered(x_ND).index_select(0, order_M // weight_NC.shape[1])
+        x_MD = autocast_to(x_ND).index_select(0, order_M // weight_NC.shape[1])
         h_MF = F.silu(grouped_linear(x_MD, self.gate_proj, ends_E))
         h_MF = h_MF * grouped_linear(x_MD, self.up_proj, ends_E)
         y_MD = grouped_linear(h_MF, self.down_proj, ends_E)
@@ -104,8 +98,9 @@ class MoE(nn.Module):
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows up to ends_E[e] go through expert e's weight."""
-    x_MI, weight_EOI = lowered(x_MI), lowered(weight_EOI)  # autocast does not know grouped_mm
+    """Returns (M, O): the rows of `x` from ends_E[e - 1] up to ends_E[e] times expert e's
+    weight."""
+    x_MI, weight_EOI = autocast_to(x_MI), autocast_to(weight_EOI)  # autocast skips grouped_mm
     if has_grouped_mm(weight_EOI):
         return F.grouped_mm(x_MI, weight_EOI.transpose(-2, -1), offs=ends_E)
     ends = ends_E.tolist()
@@ -114,7 +109,8 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def has_grouped_mm(weight_EOI: Tensor) -> bool:
-    """Torch's kernel wants CUDA or the CPU, no float64, and rows of whole 16 bytes."""
-    aligned = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
-    there = weight_EOI.device.type in ("cuda", "cpu") and weight_EOI.dtype != torch.float64
-    return aligned and there
+    """Whether torch's grouped_mm takes this weight: on CUDA or the CPU, no float64, and rows and
+    columns of whole 16 bytes."""
+    is_aligned = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
+    is_supported = weight_EOI.device.type in ("cuda", "cpu") and weight_EOI.dtype != torch.float64
+    return is_aligned and is_supported

@@ -1,4 +1,4 @@
-"""Autocast, where a product is not torch's own to cast or would be cast more than once."""
+"""Casts that autocast does not do by itself, or would do more than once."""
 
 from typing import Protocol
 
@@ -6,27 +6,28 @@ import torch
 from torch import Tensor, nn
 
 
-def lowered(x: Tensor) -> Tensor:
-    """`x` in the type that autocast computes products in; without autocast `x` itself."""
+def autocast_to(x: Tensor) -> Tensor:
+    """Returns `x` in the dtype in which autocast computes products; without autocast, `x`
+    itself."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-class Packs(Protocol):
-    """A module some of whose weights take the same input."""
+class PackedProjections(Protocol):
+    """A module in which several weights multiply the same input."""
 
     PACKED: tuple[str, ...]
-    """Their names."""
+    """Names of those weights."""
     packed: nn.Parameter | None
-    """In their place where a copy of the model is kept for training (utils/masters.py)."""
+    """All of them as one weight, in a working copy of the model (utils/optim/master_weights.py)."""
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """As nn.Module's."""
+        """Returns a parameter by name, as nn.Module does."""
         ...
 
 
-def side_by_side(module: Packs) -> Tensor:
-    """These weights as one, outputs after outputs."""
+def packed_weight(module: PackedProjections) -> Tensor:
+    """Returns the module's `PACKED` weights as one, concatenated along their outputs (dim -2)."""
     if module.packed is not None:
         return module.packed
-    return torch.cat([lowered(module.get_parameter(name)) for name in module.PACKED], -2)
+    return torch.cat([autocast_to(module.get_parameter(name)) for name in module.PACKED], -2)

@@ -1,53 +1,53 @@
-"""Embeddings; and the gradient of a table that is the head as well, where what reaches it through
-the tokens is added to what reaches it as the head. Plain: models.model.SLM.looked_up.
-"""
+"""Embedding lookup, and the gradient of a table that is also the head: what reaches the table
+through the tokens is added in place to what reaches it as the head. The plain definition is
+models.ops.Ops.embed."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.fused.experts import gather
+from models.fused.moe import gather_rows
 
 
 @triton.jit
 def claim_kernel(token_ptr, owner_ptr, tokens, BLOCK: tl.constexpr):
-    """One place of each token, whichever comes last, is where its gradients meet."""
+    """Elects one position of each token, whichever writes last, where its gradients are summed."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(owner_ptr + tl.load(token_ptr + at, at < tokens, other=0), at, at < tokens)
 
 
 @triton.jit
-def meet_kernel(grad_ptr, token_ptr, owner_ptr, sum_ptr, width, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
+def sum_kernel(grad_ptr, token_ptr, owner_ptr, sum_ptr, width, BLOCK: tl.constexpr):
+    position = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
-    owner = tl.load(owner_ptr + tl.load(token_ptr + place)).to(tl.int64)
-    grad = tl.load(grad_ptr + place * width + cols, mask, other=0.0).to(tl.float32)
+    owner = tl.load(owner_ptr + tl.load(token_ptr + position)).to(tl.int64)
+    grad = tl.load(grad_ptr + position * width + cols, mask, other=0.0).to(tl.float32)
     tl.atomic_add(sum_ptr + owner * width + cols, grad, mask, sem="relaxed")
 
 
 @triton.jit
 def add_kernel(sum_ptr, token_ptr, owner_ptr, table_ptr, width, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64)
-    token = tl.load(token_ptr + place)
-    if tl.load(owner_ptr + token) == place:
+    position = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + position)
+    if tl.load(owner_ptr + token) == position:
         cols = tl.arange(0, BLOCK)
         mask = cols < width
-        to = table_ptr + token * width + cols
-        total = tl.load(to, mask, other=0.0).to(tl.float32)
-        total += tl.load(sum_ptr + place * width + cols, mask, other=0.0)
-        tl.store(to, total.to(table_ptr.dtype.element_ty), mask)
+        row_ptr = table_ptr + token * width + cols
+        total = tl.load(row_ptr, mask, other=0.0).to(tl.float32)
+        total += tl.load(sum_ptr + position * width + cols, mask, other=0.0)
+        tl.store(row_ptr, total.to(table_ptr.dtype.element_ty), mask)
 
 
-class Embed(torch.autograd.Function):
+class Embedding(torch.autograd.Function):
     """tokens (B, T), table (V, D) -> their rows (B, T, D) in bf16, and the table. The gradients
-    of a token that comes more than once are added up in float32, in no fixed order."""
+    of a token that occurs more than once are summed in float32, in no fixed order."""
 
     @staticmethod
     def forward(ctx, tokens_BT: Tensor, table_VD: Tensor) -> tuple[Tensor, Tensor]:
         tokens_BT = tokens_BT.contiguous()
-        x_ND = gather(table_VD, tokens_BT.flatten(), torch.bfloat16)
+        x_ND = gather_rows(table_VD, tokens_BT.flatten(), torch.bfloat16)
         ctx.save_for_backward(tokens_BT, table_VD)
         ctx.set_materialize_grads(False)
         return x_ND.view(*tokens_BT.shape, -1), table_VD.view_as(table_VD)
@@ -64,7 +64,7 @@ class Embed(torch.autograd.Function):
             sum_ND = torch.zeros_like(grad_BTD, dtype=torch.float32)
             claim_kernel[(triton.cdiv(tokens, 256),)](tokens_BT, owner_V, tokens, BLOCK=256)
             block = triton.next_power_of_2(width)
-            meet_kernel[(tokens,)](grad_BTD, tokens_BT, owner_V, sum_ND, width, BLOCK=block)
-            # In place: what reaches the table as the head was made for it alone.
+            sum_kernel[(tokens,)](grad_BTD, tokens_BT, owner_V, sum_ND, width, BLOCK=block)
+            # In place, because nothing else holds the gradient that reaches the table as the head.
             add_kernel[(tokens,)](sum_ND, tokens_BT, owner_V, grad_VD, width, BLOCK=block)
         return None, grad_VD

@@ -1,4 +1,4 @@
-"""x + delta and its RMSNorm in one pass; plain: models.model.add_norm.
+"""x + delta and its RMSNorm in one pass. The plain definition is models.ops.Ops.add_norm.
 
 The stream is kept in bf16, as all that is added to it is, so that their gradients are one tensor.
 What is normed is the rounded sum: a block that adds nothing then changes nothing, to the last bit.
@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from models.fused.late import column_sums, norm_of, stand_in
+from models.fused.deferred_grads import DeferredWeights, NormSlots, column_sums, norm_slots
 
-BF16 = torch.bfloat16
-PROGRAMS = 1024
-"""At most, of the backward pass; each adds up the gain's gradient over its rows."""
+MAX_PROGRAMS = 1024
+"""Programs of the backward pass; each adds up the gain's gradient over its rows."""
 
 
 @triton.jit
@@ -62,34 +61,37 @@ def add_norm_backward_kernel(
 
 class AddNorm(torch.autograd.Function):
     """x (..., D) and delta (..., D), bf16, delta may be None, gain (D,) -> x + delta and its norm,
-    in bf16; the gradient of both summands is one tensor."""
+    in bf16. The gradient of both summands is one tensor."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, delta: Tensor | None, gain: Tensor, eps: float
+        ctx, x: Tensor, delta: Tensor | None, gain: Tensor, eps: float, slots: NormSlots
     ) -> tuple[Tensor, Tensor]:
-        x, norm = x.contiguous(), norm_of(gain)
+        x = x.contiguous()
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         total = x if delta is None else torch.empty_like(x)
-        h = norm.after.inputs(rows, width) if norm.after else x.new_empty(rows, width)
+        h = slots.after.inputs(rows, width) if slots.after else x.new_empty(rows, width)
         scale = gain.new_empty(rows)
         add_norm_kernel[(rows,)](
             x, None if delta is None else delta.contiguous(), gain, total, h, scale, width, eps,
             HAS_DELTA=delta is not None, BLOCK=triton.next_power_of_2(width),
         )  # fmt: skip
         ctx.save_for_backward(total, scale, gain)
-        ctx.has_delta, ctx.norm = delta is not None, norm
+        ctx.has_delta, ctx.slots = delta is not None, slots
         ctx.set_materialize_grads(False)
         return total, h.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad_sum: Tensor | None, grad_h: Tensor):
         total, scale, gain = ctx.saved_tensors
-        own, before, _ = ctx.norm
+        own, before, _ = ctx.slots
         rows, width = len(scale), len(gain)
-        programs, block = min(rows, PROGRAMS), triton.next_power_of_2(width)
-        grad = before.slopes(rows, width) if before else gain.new_empty(rows, width, dtype=BF16)
-        parts = own.sums(programs, width) if own else gain.new_empty(programs, width)
+        programs, block = min(rows, MAX_PROGRAMS), triton.next_power_of_2(width)
+        if before:
+            grad = before.output_grads(rows, width)
+        else:
+            grad = gain.new_empty(rows, width, dtype=torch.bfloat16)
+        parts = own.partial_sums(programs, width) if own else gain.new_empty(programs, width)
         add_norm_backward_kernel[(programs,)](
             grad_h.contiguous(), None if grad_sum is None else grad_sum.contiguous(),
             total, scale, gain, grad, parts, rows, width,
@@ -97,10 +99,12 @@ class AddNorm(torch.autograd.Function):
         )  # fmt: skip
         grad_gain = None if own else column_sums(parts[None])[0]
         grad = grad.view(total.shape)
-        return grad, grad if ctx.has_delta else None, grad_gain, None
+        return grad, grad if ctx.has_delta else None, grad_gain, None, None
 
 
 def fused_add_norm(
-    x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm
+    x_BTD: Tensor, delta_BTD: Tensor | None, norm: nn.RMSNorm, deferred: DeferredWeights | None
 ) -> tuple[Tensor, Tensor]:
-    return AddNorm.apply(x_BTD.to(BF16), delta_BTD, stand_in(norm.weight), norm.eps)
+    """Returns `x + delta` and the norm of that, both (B, T, D) in bf16."""
+    gain, slots = norm_slots(norm.weight, deferred)
+    return AddNorm.apply(x_BTD.to(torch.bfloat16), delta_BTD, gain, norm.eps, slots)
