@@ -1,23 +1,23 @@
 """Growing a model, and the proof that its function was kept."""
 
-from transfer.drift import Drift, GrowthError, grow
-from transfer.growth import deepen, plan_for, widen
-from transfer.plan import State, carry_out
-from transfer.rates import Rate, Rates, rates
+from transfer.checks import FunctionDrift, GrowthError, grow
+from transfer.growth import deepen, make_plan, widen
+from transfer.lr_scaling import AdamWScale, AdamWScales, adamw_scales
+from transfer.plan import TrainState, apply_plan
 from transfer.transfer import upcycle
 from transfer.verify import verify
 
 __all__ = [
-    "Drift",
+    "AdamWScale",
+    "AdamWScales",
+    "FunctionDrift",
     "GrowthError",
-    "Rate",
-    "Rates",
-    "State",
-    "carry_out",
+    "TrainState",
+    "adamw_scales",
+    "apply_plan",
     "deepen",
     "grow",
-    "plan_for",
-    "rates",
+    "make_plan",
     "upcycle",
     "verify",
     "widen",

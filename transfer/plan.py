@@ -1,7 +1,15 @@
-"""What a growth plan is, and carrying it out: the only tensor surgery in the project.
+"""What a growth plan is, and how it is applied: the only tensor surgery in the project.
 
-A plan has a row for every parameter of the bigger model: a `Tile` of an old parameter or `Fresh`.
-The same rows grow the weights and Adam's moments.
+A plan has a row for every parameter of the bigger model: a `Tile` of an old parameter, or a
+`NewParam`. The same rows grow the weights and Adam's moments. Widening `q_proj: heads < embed` by 2
+repeats both axes, and the products that are summed over `embed` double, so the weight is halved:
+
+    row = make_tile("blocks.0.attn.q_proj.weight", heads=2, embed=2)
+    row.repeats, row.scale         # (2, 2), 1/2
+    row.grow_weight(old, generator)  # [[old, old], [old, old]] / 2
+    row.grad_share                 # 1/2: four copies of the gradient, times 1/2, add up to the old
+
+So `exp_avg` is tiled times 1/2 and `exp_avg_sq` times 1/4.
 """
 
 import math
@@ -16,156 +24,168 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from models import SLM, axes, initialise, outline
+from models import SLM, axes, initialize, meta_model
 
-Adam = dict[str, dict[str, Tensor]]
-"""Per parameter: step, exp_avg, exp_avg_sq."""
+AdamState = dict[str, dict[str, Tensor]]
+"""Adam's `step`, `exp_avg` and `exp_avg_sq` of each parameter, by name."""
 Shape = tuple[int, ...]
 
 
 @dataclass
-class State:
-    """A model at rest: its configuration, weights by name, and Adam's memory by name."""
+class TrainState:
+    """A model between phases: its configuration, weights by name, and Adam's state by name."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
-    adam: Adam = field(default_factory=dict)
+    adam: AdamState = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: SLM) -> "State":
-        """The model's own tensors, not copies of them, and nothing for Adam to remember."""
+    def from_model(cls, model: SLM) -> "TrainState":
+        """Returns the model's own tensors, not copies of them, with an empty Adam state."""
         return cls(model.config, {name: p.detach() for name, p in model.named_parameters()})
 
-    def to(self, device: torch.device, adam: torch.device | None = None) -> "State":
-        """With Adam's memory on a device of its own, where one is given."""
+    def to(self, device: torch.device, adam: torch.device | None = None) -> "TrainState":
+        """Returns the state on `device`, Adam's part on `adam` where that is given."""
 
-        def moved(tensors: dict[str, Tensor], where: torch.device) -> dict[str, Tensor]:
-            return {name: tensor.to(where) for name, tensor in tensors.items()}
+        def moved(tensors: dict[str, Tensor], target: torch.device) -> dict[str, Tensor]:
+            return {name: tensor.to(target) for name, tensor in tensors.items()}
 
-        moments = {name: moved(kept, adam or device) for name, kept in self.adam.items()}
-        return State(self.config, moved(self.weights, device), moments)
+        moments = {name: moved(values, adam or device) for name, values in self.adam.items()}
+        return TrainState(self.config, moved(self.weights, device), moments)
 
     def model(self) -> SLM:
-        """An SLM around these very tensors. Raises RuntimeError for a missing or misshapen one."""
-        model = outline(self.config)
+        """Returns an SLM around these very tensors.
+
+        Raises:
+            RuntimeError: for a missing or misshapen tensor.
+        """
+        model = meta_model(self.config)
         model.load_state_dict(self.weights, assign=True)
         return model
 
 
 class Tile(NamedTuple):
-    """`new = old.tile(copies)`, divided by the copies of the input axis, because they get summed.
+    """A parameter tiled from an old one: `old.tile(repeats)`, divided by the repeats of the input
+    axis, because the products with its copies are summed.
 
-    The loss is kept, so by the chain rule the gradients of the copies, times that divisor's
-    inverse, add up to the old gradient: each copy gets `share` of it, where the copies are alike.
+    The loss is kept, so by the chain rule the gradients of the copies, times `scale`, add up to the
+    old gradient: where the copies are alike, each gets `grad_share` of it.
     """
 
     source: str
-    copies: tuple[int, ...]
-    summed: bool = False
-    """The last dimension is an input."""
+    """Name of the old parameter."""
+    repeats: Shape
+    """How often each dimension of the new parameter repeats the old one."""
+    has_input_axis: bool = False
+    """Whether the last dimension is an input, over which products are summed."""
     noise: float = 0.0
-    """Relative to the weight's standard deviation; it cancels over the copied inputs."""
-    forked: bool = False
-    """The old parameter goes on elsewhere too. The function is then another, so that this copy's
-    gradient is no share of the old one: Adam remembers nothing of it."""
-    redrawn: float = 0.0
-    """Share of the units that is drawn anew in each expert, along the dimension `units`."""
-    units: int = 0
+    """Standard deviation of the noise, relative to the weight's; it cancels over copied inputs."""
+    is_duplicate: bool = False
+    """Whether the old parameter also goes on elsewhere. The function is then another, so that this
+    copy's gradient is no share of the old one, and its Adam state starts empty."""
+    reinit_fraction: float = 0.0
+    """Fraction of each expert's units, along `unit_axis`, that are re-initialised."""
+    unit_axis: int = 0
 
     @property
     def scale(self) -> float:
-        """What the old values are multiplied by."""
-        return 1 / self.copies[-1] if self.summed else 1.0
+        """Factor on the old values."""
+        return 1 / self.repeats[-1] if self.has_input_axis else 1.0
 
     @property
-    def share(self) -> float:
-        """Of the old gradient, what that of each copy is."""
-        return 1 / (math.prod(self.copies) * self.scale)
+    def grad_share(self) -> float:
+        """Each copy's gradient as a fraction of the old gradient."""
+        return 1 / (math.prod(self.repeats) * self.scale)
 
     @property
-    def same(self) -> bool:
-        """Whether the new parameter is the old one, if it has its shape, and so its moments."""
-        return math.prod(self.copies) == 1 and not self.redrawn and not self.forked
+    def is_unchanged(self) -> bool:
+        """Whether the new parameter is the old one if it has its shape, and so its moments."""
+        return math.prod(self.repeats) == 1 and not self.reinit_fraction and not self.is_duplicate
 
-    def weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
-        """The new parameter; `generator` draws the noise. `old` is left as it was."""
-        inputs = self.copies[-1]
-        if not self.noise or not self.summed or inputs == 1:
-            return self.spread(old, self.scale)
+    def grow_weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
+        """Returns the new parameter, with noise drawn from `generator`. `old` stays as it was."""
+        inputs = self.repeats[-1]
+        if not self.noise or not self.has_input_axis or inputs == 1:
+            return self.tile_scaled(old, self.scale)
         old = old.contiguous()
-        one, parts, whole = laid_out(self.copies, old.shape)
-        start, std = old.view(one).squeeze(-2) * self.scale, old.std()
-        new = old.new_empty(parts)
+        one_copy, all_copies, whole = tile_shapes(self.repeats, old.shape)
+        start, std = old.view(one_copy).squeeze(-2) * self.scale, old.std()
+        new = old.new_empty(all_copies)
         copies = new.unbind(-2)
-        # Contrasts spread one draw less than there are copies, so that their sum is zero, over
-        # the variance of all but one.
+        # The contrasts spread one draw less than there are copies, so that their sum is zero. This
+        # factor makes up for the variance that is lost with it.
         relative = self.scale * self.noise * (inputs / (inputs - 1)) ** 0.5
-        for weights in contrasts(inputs):
-            drawn = torch.empty_like(copies[0], memory_format=torch.contiguous_format)
-            drawn.normal_(generator=generator)
-            for i, weight in enumerate(weights):
-                is_first = len(weights) == 2 or i == len(weights) - 1  # nothing is written yet
+        for coefficients in helmert_contrasts(inputs):
+            noise = torch.empty_like(copies[0], memory_format=torch.contiguous_format)
+            noise.normal_(generator=generator)
+            for i, coefficient in enumerate(coefficients):
+                is_first = len(coefficients) == 2 or i == len(coefficients) - 1
                 so_far = start if is_first else copies[i]
-                torch.addcmul(so_far, drawn, std, value=weight * relative, out=copies[i])
+                torch.addcmul(so_far, noise, std, value=coefficient * relative, out=copies[i])
         return new.view(whole)
 
-    def spread(self, old: Tensor, factor: float) -> Tensor:
-        """`old.tile(copies) * factor` in one pass over the memory."""
-        one, parts, whole = laid_out(self.copies, old.shape)
-        return (old.contiguous().view(one).expand(parts) * factor).view(whole)
+    def tile_scaled(self, old: Tensor, factor: float) -> Tensor:
+        """Returns `old.tile(repeats) * factor` in one pass over the memory."""
+        one_copy, all_copies, whole = tile_shapes(self.repeats, old.shape)
+        return (old.contiguous().view(one_copy).expand(all_copies) * factor).view(whole)
 
-    def redraw(self, new: Tensor, generator: torch.Generator, lots: torch.Generator) -> None:
-        """Draws that share anew, normal with the mean and the standard deviation of what was there
-        (Drop-Upcycling, 2502.19261). `lots` picks the units of each expert; one that was seeded
-        alike picks the same in every projection. Moments stay: they have the right size."""
-        size = new.shape[self.units]
+    def reinitialize(
+        self, new: Tensor, generator: torch.Generator, choice: torch.Generator
+    ) -> None:
+        """Redraws `reinit_fraction` of each expert's units in place, normal with the mean and the
+        standard deviation of the values they replace (Drop-Upcycling, arXiv:2502.19261).
+
+        `choice` picks the units of each expert; generators seeded alike pick the same units in
+        every projection. Moments stay, because they have the right size.
+        """
+        size = new.shape[self.unit_axis]
         for expert in new:
-            units = torch.randperm(size, generator=lots, device=new.device)
-            units = units[: round(self.redrawn * size)]
-            old = expert.index_select(self.units - 1, units)
+            units = torch.randperm(size, generator=choice, device=new.device)
+            units = units[: round(self.reinit_fraction * size)]
+            old = expert.index_select(self.unit_axis - 1, units)
             drawn = torch.empty_like(old).normal_(generator=generator)
             drawn.mul_(old.std()).add_(old.mean())
-            expert.index_copy_(self.units - 1, units, drawn)
+            expert.index_copy_(self.unit_axis - 1, units, drawn)
 
-    def moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Adam's memory of the new parameter, from its memory of the old one. `step` is the old
-        tensor itself, not a copy."""
+    def grow_moments(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the new parameter's Adam state from the old one's. `step` is the old tensor
+        itself, not a copy."""
         return {
             "step": old["step"],
-            "exp_avg": self.spread(old["exp_avg"], self.share),
-            "exp_avg_sq": self.spread(old["exp_avg_sq"], self.share**2),
+            "exp_avg": self.tile_scaled(old["exp_avg"], self.grad_share),
+            "exp_avg_sq": self.tile_scaled(old["exp_avg_sq"], self.grad_share**2),
         }
 
-    def copies_of(self, new: Tensor) -> Tensor:
-        """(output copies, *old shape): each copy of the outputs, its copied inputs summed. In a
-        weight all of them equal the old one, whatever the noise."""
-        sizes = [size // times for size, times in zip(new.shape, self.copies, strict=True)]
-        parts = new.reshape([n for pair in zip(self.copies, sizes, strict=True) for n in pair])
-        if self.summed:
+    def fold_copies(self, new: Tensor) -> Tensor:
+        """Returns (output copies, *old shape): each copy of the outputs, its copied inputs summed.
+        For a weight every one of them equals the old weight, whatever the noise."""
+        sizes = [size // times for size, times in zip(new.shape, self.repeats, strict=True)]
+        parts = new.reshape([n for pair in zip(self.repeats, sizes, strict=True) for n in pair])
+        if self.has_input_axis:
             parts = parts.sum(-2)
-        outputs = len(self.copies) - self.summed
-        times = list(range(0, 2 * outputs, 2))
-        return parts.movedim(times, list(range(outputs))).flatten(0, outputs - 1)
+        outputs = len(self.repeats) - self.has_input_axis
+        copy_dims = list(range(0, 2 * outputs, 2))
+        return parts.movedim(copy_dims, list(range(outputs))).flatten(0, outputs - 1)
 
-    def outputs_of(self, new: Tensor) -> Tensor:
-        """(output copies, ...): each copy of the outputs as it is, with all of its inputs."""
-        whole = (*self.copies[:-1], 1) if self.summed else self.copies
-        return self._replace(copies=whole, summed=False).copies_of(new)
+    def output_copies(self, new: Tensor) -> Tensor:
+        """Returns (output copies, ...): each copy of the outputs with all of its inputs."""
+        outputs_only = (*self.repeats[:-1], 1) if self.has_input_axis else self.repeats
+        return self._replace(repeats=outputs_only, has_input_axis=False).fold_copies(new)
 
 
 @cache
-def laid_out(copies: tuple[int, ...], old: Shape) -> tuple[Shape, Shape, Shape]:
-    """Shapes: the old one with two dimensions in place of each, one copy and its size; the same
-    with all of the copies; and what these are the parts of."""
-    sizes = (*[1] * (len(copies) - len(old)), *old)  # the dense one of experts
-    pairs = list(zip(copies, sizes, strict=True))
-    one = tuple(n for size in sizes for n in (1, size))
-    return one, tuple(n for pair in pairs for n in pair), tuple(map(math.prod, pairs))
+def tile_shapes(repeats: Shape, old: Shape) -> tuple[Shape, Shape, Shape]:
+    """Returns three shapes: the old one with two dimensions in place of each, its copies (1) and
+    its size; the same with all copies; and the shape of the tiled tensor."""
+    sizes = (*[1] * (len(repeats) - len(old)), *old)  # a dense weight lacks the axis of experts
+    pairs = list(zip(repeats, sizes, strict=True))
+    one_copy = tuple(n for size in sizes for n in (1, size))
+    return one_copy, tuple(n for pair in pairs for n in pair), tuple(map(math.prod, pairs))
 
 
-def contrasts(copies: int) -> list[list[float]]:
-    """Helmert's: for each number above 1 up to `copies` the weights of so many terms, which sum to
-    zero, their squares to one, and their products with those of another number to zero."""
+def helmert_contrasts(copies: int) -> list[list[float]]:
+    """Returns Helmert's contrasts: for each number of terms from 2 to `copies`, coefficients that
+    sum to zero, whose squares sum to one, and that are orthogonal to those of other numbers."""
     rows = []
     for terms in range(1, copies):
         length = (terms * (terms + 1)) ** 0.5
@@ -173,91 +193,112 @@ def contrasts(copies: int) -> list[list[float]]:
     return rows
 
 
-class Fresh(NamedTuple):
-    """A parameter that comes from no old one. Adam remembers nothing of it: it warms up alone."""
+class NewParam(NamedTuple):
+    """A parameter that comes from no old one. Its Adam state starts empty and warms up alone."""
 
-    zero: bool = False
+    is_zero: bool = False
     """All zeros instead of the model's own initialisation."""
-    scale: float = 1.0
-    """Of that initialisation."""
+    init_scale: float = 1.0
+    """Factor on that initialisation."""
 
-    def weight(self, name: str, like: Tensor, n_layers: int, generator: torch.Generator) -> Tensor:
-        """The new parameter, with `like`'s shape, device and dtype, in a model of `n_layers`."""
+    def create(self, name: str, like: Tensor, n_layers: int, generator: torch.Generator) -> Tensor:
+        """Returns the parameter, with `like`'s shape, dtype and device, for a model of `n_layers`
+        layers."""
         new = torch.zeros_like(like)
-        if not self.zero:
-            initialise(name, new, n_layers, generator)
-        return new.mul_(self.scale)
+        if not self.is_zero:
+            initialize(name, new, n_layers, generator)
+        return new.mul_(self.init_scale)
 
 
-Row = Tile | Fresh
-Plan = dict[str, Row]
-Inspect = Callable[[str, Row, Tensor | None, Tensor], None]
-"""Sees each parameter as it is made: name, row, the old parameter (None if fresh), the new one."""
+PlanRow = Tile | NewParam
+Plan = dict[str, PlanRow]
+InspectParam = Callable[[str, PlanRow, Tensor | None, Tensor], None]
+"""Sees each parameter as it is made: its name, row, old parameter (None if new), new parameter."""
 
 
-def tile(
+def make_tile(
     name: str,
     source: str | None = None,
     noise: float = 0.0,
-    forked: bool = False,
-    redrawn: float = 0.0,
-    **times: int,
+    is_duplicate: bool = False,
+    reinit_fraction: float = 0.0,
+    **repeats: int,
 ) -> Tile:
-    """Repeats the named axes of a parameter; `source` is its old name, where that differs. Raises
-    KeyError for a parameter that AXES does not know."""
-    outputs, summed = axes(name)
-    dims = (*outputs, summed) if summed else outputs
-    copies = tuple(times.get(axis, 1) for axis in dims)
-    units = dims.index("ffn") if redrawn else 0
-    return Tile(source or name, copies, summed is not None, noise, forked, redrawn, units)
+    """Returns the row that repeats the named axes of a parameter, `source` being its old name where
+    that differs.
+
+    Raises:
+        KeyError: for a parameter that AXES does not know.
+    """
+    outputs, input_axis = axes(name)
+    dims = (*outputs, input_axis) if input_axis else outputs
+    times = tuple(repeats.get(axis, 1) for axis in dims)
+    unit_axis = dims.index("ffn") if reinit_fraction else 0
+    has_input_axis = input_axis is not None
+    return Tile(
+        source or name, times, has_input_axis, noise, is_duplicate, reinit_fraction, unit_axis
+    )
 
 
-def seeded(device: torch.device, *what: object) -> torch.Generator:
-    """A generator of its own for each thing that is drawn: it depends on no other draw."""
-    return torch.Generator(device).manual_seed(crc32(" ".join(map(str, what)).encode()))
+def make_generator(device: torch.device, *key: object) -> torch.Generator:
+    """Returns a generator seeded by `key` alone, so that no draw depends on another."""
+    return torch.Generator(device).manual_seed(crc32(" ".join(map(str, key)).encode()))
 
 
 @cache
-def shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Every parameter of a model of this configuration, by name and in its order."""
-    return {name: weight.shape for name, weight in outline(config).named_parameters()}
+def param_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Returns the shape of every parameter of a model of `config`, by name and in its order."""
+    return {name: weight.shape for name, weight in meta_model(config).named_parameters()}
 
 
 @torch.no_grad()
-def carry_out(
+def apply_plan(
     config: ModelConfig,
     plan: Plan,
-    old: State,
+    old: TrainState,
     seed: int = 0,
     consume: bool = False,
-    inspect: Inspect | None = None,
-) -> State:
-    """The State of the bigger model `config`. `old` is left as it was, or with `consume` emptied
-    parameter by parameter, so that both models never lie in memory whole; what stays as it is then
-    is handed on, not copied.
+    inspect: InspectParam | None = None,
+) -> TrainState:
+    """Applies a plan to the weights and to Adam's state.
 
-    Raises KeyError for a parameter without a row and ValueError for one that comes out misshapen.
+    Args:
+        config: The bigger model's configuration.
+        plan: A row for each of its parameters.
+        old: The smaller model, which stays as it was unless it is consumed.
+        seed: Seed of noise, new parameters and re-initialised units.
+        consume: Empty `old` parameter by parameter, so that both models never lie in memory whole.
+            What does not change is then handed on, not copied.
+        inspect: Called with each parameter as it is made.
+
+    Returns:
+        The bigger model's TrainState.
+
+    Raises:
+        KeyError: for a parameter without a row.
+        ValueError: for a parameter that comes out misshapen.
     """
-    new, like = State(config, {}), next(iter(old.weights.values()))
+    new, like = TrainState(config, {}), next(iter(old.weights.values()))
     uses = Counter(row.source for row in plan.values() if isinstance(row, Tile))
-    for name, shape in shapes(config).items():
+    for name, shape in param_shapes(config).items():
         row, before = plan[name], None
-        generator = seeded(like.device, seed, name)
-        if isinstance(row, Fresh):
-            weight = row.weight(name, like.new_empty(shape), config.n_layers, generator)
+        generator = make_generator(like.device, seed, name)
+        if isinstance(row, NewParam):
+            weight = row.create(name, like.new_empty(shape), config.n_layers, generator)
         else:
             before, moments = old.weights[row.source], old.adam.get(row.source)
             uses[row.source] -= 1
-            last = consume and not uses[row.source]
-            handed_on = last and row.same and before.shape == shape
-            weight = before if handed_on else row.weight(before, generator)
-            if row.redrawn:
-                row.redraw(weight, generator, seeded(like.device, seed, name.rpartition(".")[0]))
-            if moments is not None and not row.forked:
-                if not last:
+            is_last_use = consume and not uses[row.source]
+            is_handed_on = is_last_use and row.is_unchanged and before.shape == shape
+            weight = before if is_handed_on else row.grow_weight(before, generator)
+            if row.reinit_fraction:
+                choice = make_generator(like.device, seed, name.rpartition(".")[0])
+                row.reinitialize(weight, generator, choice)
+            if moments is not None and not row.is_duplicate:
+                if not is_last_use:
                     moments = {**moments, "step": moments["step"].clone()}
-                new.adam[name] = moments if handed_on else row.moments(moments)
-            if last:
+                new.adam[name] = moments if is_handed_on else row.grow_moments(moments)
+            if is_last_use:
                 del old.weights[row.source]
                 old.adam.pop(row.source, None)
         if weight.shape != shape:

@@ -4,24 +4,30 @@ from dataclasses import replace
 
 from config import ModelConfig, Upcycle, require
 from models import SLM
-from transfer.plan import Fresh, Plan, State, carry_out, shapes, tile
+from transfer.plan import NewParam, Plan, TrainState, apply_plan, make_tile, param_shapes
 
 
-def upcycle_plan(config: ModelConfig, how: Upcycle) -> tuple[ModelConfig, Plan]:
-    """Every expert starts as the dense feed-forward and the gates of the chosen ones sum to 1, so
-    any routing gives the dense output; a random router lets different experts see different tokens.
-    Where `how.redrawn` says so, a part of each expert is drawn anew instead."""
+def upcycle_plan(config: ModelConfig, growth: Upcycle) -> tuple[ModelConfig, Plan]:
+    """Returns the mixture's configuration and the plan (sparse upcycling, arXiv:2212.05055).
+
+    Every expert starts as the dense feed-forward and the weights of the chosen ones sum to 1, so
+    any routing gives the dense output; a random router sends different tokens to different experts.
+
+    Raises:
+        InputError: if the model has experts already.
+    """
     require(not config.num_experts, f"the model already has {config.num_experts} experts per layer")
-    new = replace(config, num_experts=how.num_experts, top_k=how.top_k)
+    new = replace(config, num_experts=growth.num_experts, top_k=growth.top_k)
     plan: Plan = {}
-    for name in shapes(new):
+    for name in param_shapes(new):
         if ".router." in name:
-            plan[name] = Fresh(scale=how.router_scale)
+            plan[name] = NewParam(init_scale=growth.router_init_scale)
         elif ".moe." in name:
             dense = name.replace(".moe.", ".mlp.") + ".weight"
-            plan[name] = tile(name, dense, redrawn=how.redrawn, expert=how.num_experts)
+            fraction, experts = growth.reinit_fraction, growth.num_experts
+            plan[name] = make_tile(name, dense, reinit_fraction=fraction, expert=experts)
         else:
-            plan[name] = tile(name)
+            plan[name] = make_tile(name)
     return new, plan
 
 
@@ -30,13 +36,23 @@ def upcycle(
     num_experts: int = 8,
     top_k: int = 2,
     seed: int = 0,
-    router_scale: float = 1.0,
-    redrawn: float = 0.0,
+    router_init_scale: float = 1.0,
+    reinit_fraction: float = 0.0,
 ) -> SLM:
-    """A mixture of `num_experts` copies of each feed-forward, `top_k` to a token, with the logits
-    of `model`, which is left as it was; with a share of each expert `redrawn` they are others.
-    `seed` draws the routers. Raises InputError where `model` has experts already or `top_k` is more
-    than there are."""
-    how = Upcycle(num_experts, top_k, router_scale, redrawn)
-    config, plan = upcycle_plan(model.config, how)
-    return carry_out(config, plan, State.of(model), seed).model()
+    """Returns a mixture of experts with the logits of `model`, which stays as it was.
+
+    Args:
+        model: A dense model.
+        num_experts: Copies of each feed-forward.
+        top_k: Experts that each token visits.
+        seed: Seed of the routers and of re-initialised units.
+        router_init_scale: Factor on the routers' Xavier-uniform initialisation.
+        reinit_fraction: Fraction of each expert's units to re-initialise. Above 0 the logits
+            change.
+
+    Raises:
+        InputError: if `model` has experts already or `top_k` is more than `num_experts`.
+    """
+    growth = Upcycle(num_experts, top_k, router_init_scale, reinit_fraction)
+    config, plan = upcycle_plan(model.config, growth)
+    return apply_plan(config, plan, TrainState.from_model(model), seed).model()

@@ -1,14 +1,21 @@
-"""Is one model the function that another is? For models in hand, without the plan between them."""
+"""Whether one model computes the function of another: for models in hand, without a plan."""
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from config import Deepen, ModelConfig, require
+from config import Deepen, ModelConfig, Tolerance, require
 from models import SLM
-from transfer.drift import Drift, GrowthError, broken_laws, compare, with_loads
-from transfer.view import View, look
+from transfer.checks import (
+    FunctionDrift,
+    GrowthError,
+    broken_limits,
+    compare_outputs,
+    load_extremes,
+)
+from transfer.probe import ProbeOutput, run_probe
 
 
 def verify(
@@ -17,46 +24,59 @@ def verify(
     tokens_BT: Tensor,
     max_logit_drift: float = 1e-3,
     max_loss_drift: float = 1e-4,
-) -> Drift:
-    """How far `after`, grown out of `before` by any operators, is from it on texts (B, T) int64 of
-    2 to seq_len + 1 tokens, each of which is predicted from those before it. Both models are judged
-    in their own precision and on their own device.
+) -> FunctionDrift:
+    """Measures how far `after`, grown out of `before` by any operators, is from it. Both models are
+    judged in their own precision and on their own device.
 
-    `max_logit_drift` is the largest |logit difference| allowed, `max_loss_drift` the largest change
-    of the mean loss in nats. Raises GrowthError, whose `drift` holds what was measured, where one
-    is exceeded, and InputError where the models or the tokens do not belong together.
+    Args:
+        before: The small model.
+        after: The grown model.
+        tokens_BT: Texts, int64, of 2 to seq_len + 1 tokens, each of which is predicted from those
+            before it.
+        max_logit_drift: Largest |logit difference| allowed.
+        max_loss_drift: Largest change of the mean loss allowed, in nats.
+
+    Raises:
+        GrowthError: if a limit is exceeded; its `drift` holds what was measured.
+        InputError: if the models or the tokens do not belong together.
     """
-    check_fit(before.config, after.config, tokens_BT)
-    old, new = (look(model, tokens_BT.to(model.norm.weight.device)) for model in (before, after))
-    new = View(*(part.to(like.device) for part, like in zip(new, old, strict=True)))
+    check_comparable(before.config, after.config, tokens_BT)
+    old, new = (
+        run_probe(model, tokens_BT.to(model.norm.weight.device)) for model in (before, after)
+    )
+    new = ProbeOutput(*(part.to(like.device) for part, like in zip(new, old, strict=True)))
     same_experts = before.config.num_experts == after.config.num_experts
     if not (same_experts and before.config.top_k == after.config.top_k):
-        old = old._replace(chosen_BLTC=old.chosen_BLTC[:, :0])  # no choice of one is the other's
-    drift = with_loads(compare(old, new, block_match(old, new)), new, after.config.num_experts)
-    # Growing by nothing is held to these limits and to no law of its own.
-    limits = Deepen(0, max_logit_drift=max_logit_drift, max_loss_drift=max_loss_drift)
-    if broken := broken_laws(drift, limits):
+        # The choices of one model say nothing about those of the other.
+        old = old._replace(expert_ids_BLTC=old.expert_ids_BLTC[:, :0])
+    drift = compare_outputs(old, new, match_blocks(old, new))
+    drift = replace(drift, **load_extremes(new, after.config.num_experts))
+    # Growing by nothing is held to these limits and to none of its own.
+    nothing = Deepen(0, tolerance=Tolerance(max_logit_drift, max_loss_drift))
+    if broken := broken_limits(drift, nothing):
         raise GrowthError(f"the models are not the same function: {'; '.join(broken)}", drift)
     return drift
 
 
-def check_fit(before: ModelConfig, after: ModelConfig, tokens: Tensor) -> None:
+def check_comparable(before: ModelConfig, after: ModelConfig, tokens: Tensor) -> None:
     """Raises InputError unless both models can read `tokens` and one may have grown out of the
     other."""
     for name in ("vocab_size", "seq_len"):
-        was, now = getattr(before, name), getattr(after, name)
-        require(was == now, f"after.{name} = {now} is not before.{name} = {was}")
-    layers = before.n_layers, after.n_layers
+        old, new = getattr(before, name), getattr(after, name)
+        require(old == new, f"after.{name} = {new} is not before.{name} = {old}")
     require(
-        layers[0] <= layers[1], f"after.n_layers = {layers[1]} is less than before's {layers[0]}"
+        before.n_layers <= after.n_layers,
+        f"after.n_layers = {after.n_layers} is less than before's {before.n_layers}",
     )
-    what = f"tokens = a {tuple(tokens.shape)} tensor of {str(tokens.dtype).removeprefix('torch.')}"
+    given = f"tokens = a {tuple(tokens.shape)} tensor of {str(tokens.dtype).removeprefix('torch.')}"
     require(
         tokens.dtype == torch.int64 and tokens.dim() == 2 and len(tokens) > 0,
-        f"{what} must be texts (B, T) of int64",
+        f"{given} must be texts (B, T) of int64",
     )
-    most = before.seq_len + 1
-    require(2 <= tokens.shape[1] <= most, f"{what} must have 2 to {most} tokens in each text")
+    longest = before.seq_len + 1
+    require(
+        2 <= tokens.shape[1] <= longest, f"{given} must have 2 to {longest} tokens in each text"
+    )
     low, high = int(tokens.min()), int(tokens.max())
     require(
         low >= 0 and high < before.vocab_size,
@@ -64,22 +84,23 @@ def check_fit(before: ModelConfig, after: ModelConfig, tokens: Tensor) -> None:
     )
 
 
-def block_match(before: View, after: View) -> list[int | None]:
-    """For each layer of the later model the one of the earlier that it is, None for a new one: of
-    all ways that keep their order, the one in which the fewest tokens are routed otherwise."""
-    old_layers, new_layers = before.chosen_BLTC.unbind(1), after.chosen_BLTC.unbind(1)
+def match_blocks(before: ProbeOutput, after: ProbeOutput) -> list[int | None]:
+    """Returns for each layer of the later model the layer of the earlier one that it is, None for a
+    new one: of all matches that keep the order, the one that flips the routing of the fewest
+    tokens."""
+    old_layers, new_layers = before.expert_ids_BLTC.unbind(1), after.expert_ids_BLTC.unbind(1)
 
     @cache
-    def best(new: int, old: int) -> tuple[int, list[int | None]]:
-        """Flips, and the match of the first `old` layers among the first `new`."""
+    def best_match(new: int, old: int) -> tuple[int, list[int | None]]:
+        """Returns the flips and the match of the first `old` layers among the first `new`."""
         if not old:
             return 0, [None] * new
-        flips, match = best(new - 1, old - 1)
+        flips, match = best_match(new - 1, old - 1)
         flips += int((new_layers[new - 1] != old_layers[old - 1]).any(-1).sum())
-        ways = [(flips, [*match, old - 1])]
+        candidates = [(flips, [*match, old - 1])]
         if new > old:
-            flips, match = best(new - 1, old)
-            ways.append((flips, [*match, None]))
-        return min(ways, key=lambda way: way[0])
+            flips, match = best_match(new - 1, old)
+            candidates.append((flips, [*match, None]))
+        return min(candidates, key=lambda candidate: candidate[0])
 
-    return best(len(new_layers), len(old_layers))[1]
+    return best_match(len(new_layers), len(old_layers))[1]

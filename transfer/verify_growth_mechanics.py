@@ -19,18 +19,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Deepen, Growth, InputError, ModelConfig, Upcycle, Widen, require
+from config import (
+    Deepen,
+    Growth,
+    InputError,
+    ModelConfig,
+    Tolerance,
+    Upcycle,
+    Widen,
+    require,
+    resolve_tolerance,
+)
 from models import SLM
-from transfer.drift import GrowthError, Structure, block_map, broken_laws, compare, grow
-from transfer.growth import plan_for
-from transfer.plan import State, Tile, carry_out
-from transfer.view import look
+from transfer.checks import (
+    GrowthError,
+    PlanChecker,
+    broken_limits,
+    compare_outputs,
+    grow,
+    match_plan_blocks,
+)
+from transfer.growth import make_plan
+from transfer.plan import Tile, TrainState, apply_plan
+from transfer.probe import run_probe
+from utils.checkpoint.model import load_checkpoint
+from utils.optim.commutation import MAX_GAP, STEPS_AFTER, CommutationTest, mutations
 
 DENSE = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, d_ff=48, seq_len=32)
-GROUPED = replace(DENSE, n_kv_heads=2, tied=False, position="learned")
-BRIEF = replace(DENSE, n_layers=1, seq_len=8)
-"""Trained a few hundred steps."""
-MOE = replace(BRIEF, num_experts=4)
+GROUPED_QUERY = replace(DENSE, n_kv_heads=2, tie_embeddings=False, position_embedding="learned")
+SMALL_DENSE = replace(DENSE, n_layers=1, seq_len=8)
+"""A model that is trained for a few hundred steps."""
+SMALL_MOE = replace(SMALL_DENSE, num_experts=4)
 CASES: list[tuple[str, ModelConfig, list[Growth]]] = [
     ("upcycle", DENSE, [Upcycle(4)]),
     ("widen x2", DENSE, [Widen()]),
@@ -42,67 +61,70 @@ CASES: list[tuple[str, ModelConfig, list[Growth]]] = [
     ("upcycle, widen, deepen", DENSE, [Upcycle(8), Widen(), Deepen(3)]),
     ("widen x3, upcycle, deepen", DENSE, [Widen(3), Upcycle(4), Deepen(2)]),
     ("deepen, upcycle, widen, widen", DENSE, [Deepen(1), Upcycle(4), Widen(), Widen()]),
-    ("grouped, learned, untied", GROUPED, [Upcycle(4), Widen(), Deepen(3)]),
+    ("grouped, learned, untied", GROUPED_QUERY, [Upcycle(4), Widen(), Deepen(3)]),
 ]
-SQUARES: list[tuple[str, ModelConfig, Growth]] = [
-    ("dense, widen x2", BRIEF, Widen(2, noise=0.0)),
-    ("dense, widen x3", BRIEF, Widen(3, noise=0.0)),
-    ("dense, deepen, new blocks frozen", BRIEF, Deepen(2)),
-    ("4 experts, widen x2", MOE, Widen(2, noise=0.0)),
-    ("4 experts, widen x3", MOE, Widen(3, noise=0.0)),
-    ("4 experts, deepen, new blocks frozen", MOE, Deepen(2, "middle")),
+COMMUTING: list[tuple[str, ModelConfig, Growth]] = [
+    ("dense, widen x2", SMALL_DENSE, Widen(2, noise=0.0)),
+    ("dense, widen x3", SMALL_DENSE, Widen(3, noise=0.0)),
+    ("dense, deepen, new blocks frozen", SMALL_DENSE, Deepen(2)),
+    ("4 experts, widen x2", SMALL_MOE, Widen(2, noise=0.0)),
+    ("4 experts, widen x3", SMALL_MOE, Widen(3, noise=0.0)),
+    ("4 experts, deepen, new blocks frozen", SMALL_MOE, Deepen(2, "middle")),
 ]
-BROKEN = ("dense, widen x2", "dense, deepen, new blocks frozen", "4 experts, widen x2")
-"""Of these the rules are broken too."""
-LIMITS = {torch.float64: 1e-10, torch.float32: 1e-4}
-MEASURES = ("logits", "loss", "weights", "gradients", "moments", "twins")
-ROW = "{:<44}{:<10}" + "{:>11}" * len(MEASURES) + "  {}"
+MUTATED = ("dense, widen x2", "dense, deepen, new blocks frozen", "4 experts, widen x2")
+"""Cases in which each rule is also broken, to see that the test notices."""
+MAX_ERRORS = {torch.float64: 1e-10, torch.float32: 1e-4}
+COLUMNS = ("logits", "loss", "weights", "gradients", "moments", "copies")
+ROW_FORMAT = "{:<44}{:<10}" + "{:>11}" * len(COLUMNS) + "  {}"
 
 
-def trained_like(config: ModelConfig, dtype: torch.dtype) -> State:
-    """Random weights, none of them 0 or 1, which would hide a wrong row of a plan."""
+def random_state(config: ModelConfig, dtype: torch.dtype) -> TrainState:
+    """Returns random weights, none of them 0 or 1, which would hide a wrong row of a plan."""
     torch.manual_seed(0)
-    state = State.of(SLM(config))
+    state = TrainState.from_model(SLM(config))
     for name, weight in state.weights.items():
         state.weights[name] = (weight + 0.1 * torch.randn_like(weight)).to(dtype)
     return state
 
 
-def gradients(state: State, tokens: Tensor) -> dict[str, Tensor]:
+def loss_gradients(state: TrainState, tokens: Tensor) -> dict[str, Tensor]:
+    """Returns the gradient of the next-token loss for each parameter that has one."""
     model = state.model()
     logits = model(tokens[:, :-1]).logits
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def gradient_error(old: State, new: State, how: Growth, tokens: Tensor) -> float:
-    """The chain rule: the gradients of the copies, times their scale, add up to the old one."""
-    before, after = gradients(old, tokens), gradients(new, tokens)
+def gradient_error(old: TrainState, new: TrainState, growth: Growth, tokens: Tensor) -> float:
+    """Returns how far the chain rule is off: the gradients of the copies, times their scale, must
+    add up to the old gradient."""
+    before, after = loss_gradients(old, tokens), loss_gradients(new, tokens)
     errors = [
-        (row.copies_of(after[name]).sum(0) * row.scale - before[row.source]).abs().max()
-        for name, row in plan_for(old.config, how)[1].items()
+        (row.fold_copies(after[name]).sum(0) * row.scale - before[row.source]).abs().max()
+        for name, row in make_plan(old.config, growth)[1].items()
         if isinstance(row, Tile)
     ]
     return torch.stack(errors).max().item()
 
 
-def moment_error(old: State, how: Growth, tokens: Tensor) -> float:
-    """Adam's moments, grown, are those that the grown model's own gradient would have left. (Noise
-    and routing set the copies' gradients apart, so it is held to copies that are alike.)"""
-    if isinstance(how, Upcycle):
-        how = replace(how, top_k=how.num_experts)
-    if isinstance(how, Widen):
-        how = replace(how, noise=0.0)
+def moment_error(old: TrainState, growth: Growth, tokens: Tensor) -> float:
+    """Returns how far Adam's grown moments are from those that the grown model's own gradient would
+    have left. Noise and routing set the copies' gradients apart, so this is measured on copies that
+    are alike."""
+    if isinstance(growth, Upcycle):
+        growth = replace(growth, top_k=growth.num_experts)
+    if isinstance(growth, Widen):
+        growth = replace(growth, noise=0.0)
     one = torch.ones(())
     adam = {
-        name: {"step": one, "exp_avg": g, "exp_avg_sq": g**2}
-        for name, g in gradients(old, tokens).items()
+        name: {"step": one, "exp_avg": grad, "exp_avg_sq": grad**2}
+        for name, grad in loss_gradients(old, tokens).items()
     }
-    config, plan = plan_for(old.config, how)
-    new = carry_out(config, plan, replace(old, adam=adam))
-    if isinstance(how, Upcycle):  # equal gates: every expert sees every token with the same weight
+    config, plan = make_plan(old.config, growth)
+    new = apply_plan(config, plan, replace(old, adam=adam))
+    if isinstance(growth, Upcycle):  # equal weights: every expert sees every token alike
         new.weights |= {n: torch.zeros_like(w) for n, w in new.weights.items() if "router" in n}
-    after = gradients(new, tokens)
+    after = loss_gradients(new, tokens)
     errors = [
         (moment - after[name] ** power).abs().max()
         for name, moments in new.adam.items()
@@ -111,100 +133,104 @@ def moment_error(old: State, how: Growth, tokens: Tensor) -> float:
     return torch.stack(errors).max().item()
 
 
-def prove(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[str]:
-    """Cells of a row: the worst of each measure along a chain of growths. Raises GrowthError where
-    a law breaks."""
-    limit = LIMITS[dtype]
-    state = trained_like(config, dtype)
+def prove_chain(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) -> list[str]:
+    """Returns the cells of a row: the worst of each column along a chain of growths.
+
+    Raises:
+        GrowthError: if a law breaks.
+    """
+    limit = MAX_ERRORS[dtype]
+    state = random_state(config, dtype)
     tokens = torch.randint(config.vocab_size, (4, config.seq_len + 1))
     steps = []
-    for how in chain:
-        how = replace(how, max_logit_drift=limit, max_loss_drift=limit)
-        new, drift = grow(state, how, tokens)
+    for growth in chain:
+        growth = replace(growth, tolerance=Tolerance(limit, limit))
+        new, drift = grow(state, growth, tokens)
         measured = {
             "logits": drift.max_logit_diff,
             "loss": abs(drift.loss_drift),
-            "weights": drift.structure_error,
-            "gradients": gradient_error(state, new, how, tokens),
-            "moments": moment_error(state, how, tokens),
-            "twins": drift.twin_distance or 0.0,
+            "weights": drift.plan_error,
+            "gradients": gradient_error(state, new, growth, tokens),
+            "moments": moment_error(state, growth, tokens),
+            "copies": drift.copy_distance or 0.0,
         }
         for law in ("gradients", "moments"):
             if not measured[law] <= limit:
-                off = f"{law} off by {measured[law]:.3g} (allowed: {limit:g})"
-                raise GrowthError(f"{how}: {off}", drift)
+                error = f"{law} off by {measured[law]:.3g} (allowed: {limit:g})"
+                raise GrowthError(f"{growth}: {error}", drift)
         steps.append(measured)
         state = new
-    return [f"{max(step[law] for step in steps):.1e}" for law in MEASURES]
-
-
-def prove_all() -> bool:
-    """Prints the table; True if every law held."""
-    print(ROW.format("growth", "in", *MEASURES, ""))
-    return prove_growths() & prove_squares()
+    return [f"{max(step[law] for step in steps):.1e}" for law in COLUMNS]
 
 
 def prove_growths() -> bool:
-    held = True
-    for dtype in LIMITS:
+    """Prints a row for each chain in each dtype. Returns whether every law held."""
+    print(ROW_FORMAT.format("growth", "in", *COLUMNS, ""))
+    all_held = True
+    for dtype in MAX_ERRORS:
         for name, config, chain in CASES:
             try:
-                cells, said = prove(config, chain, dtype), "held"
+                cells, verdict = prove_chain(config, chain, dtype), "held"
             except GrowthError as error:
-                held, cells, said = False, ["-"] * len(MEASURES), f"BROKEN: {error}"
-            print(ROW.format(name, str(dtype).removeprefix("torch."), *cells, said))
-    return held
+                all_held, cells, verdict = False, ["-"] * len(COLUMNS), f"BROKEN: {error}"
+            print(ROW_FORMAT.format(name, str(dtype).removeprefix("torch."), *cells, verdict))
+    return all_held
 
 
-def prove_squares() -> bool:
-    """Growing, then training, against training, then growing; and what each broken rule does."""
-    from utils.square import ALLOWED, STEPS, Square, breaches
-
-    print(f"growing and {STEPS} steps of Adam, in either order, and what each broken rule does")
-    held, untold = True, ["-"] * (len(MEASURES) - 2)
-    for name, config, how in SQUARES:
-        square = Square(config, how)
-        cases = {name: None} | (breaches(how) if name in BROKEN else {})
-        for case, breach in cases.items():
-            logits, loss = square.gap(breach)
-            right = (logits > ALLOWED) == (breach is not None)
-            held &= right
-            said = ("BROKEN", "held") if breach is None else ("MISSED", "caught")
-            label = case if breach is None else f"    {case}"
-            cells = [f"{logits:.1e}", f"{loss:.1e}", *untold]
-            print(ROW.format(label, "float64", *cells, said[right]))
-    return held
+def prove_commutation() -> bool:
+    """Prints how far growing then training is from training then growing, and what each broken rule
+    does to it. Returns whether every rule held and every broken one was caught."""
+    print(f"growing and {STEPS_AFTER} steps of Adam, in either order, and what broken rules do")
+    all_held, empty = True, ["-"] * (len(COLUMNS) - 2)
+    for name, config, growth in COMMUTING:
+        test = CommutationTest(config, growth)
+        cases = {name: None} | (mutations(growth) if name in MUTATED else {})
+        for case, mutation in cases.items():
+            logits, loss = test.gap(mutation)
+            is_right = (logits > MAX_GAP) == (mutation is not None)
+            all_held &= is_right
+            verdicts = ("BROKEN", "held") if mutation is None else ("MISSED", "caught")
+            label = case if mutation is None else f"    {case}"
+            cells = [f"{logits:.1e}", f"{loss:.1e}", *empty]
+            print(ROW_FORMAT.format(label, "float64", *cells, verdicts[is_right]))
+    return all_held
 
 
 def compare_checkpoints(before: Path, after: Path) -> bool:
-    """Prints how far the second model's function is from the first's; True if it is the same."""
-    from utils.checkpoint import load
+    """Prints how far the second model's function is from the first's. Returns whether it is the
+    same.
 
-    old, new = load(before), load(after)
-    grown = new.growth[len(old.growth) :]
-    require(new.growth[: len(old.growth)] == old.growth, f"{after} did not grow out of {before}")
+    Raises:
+        InputError: if the second did not grow out of the first, or the first holds no probe.
+    """
+    old, new = load_checkpoint(before), load_checkpoint(after)
+    growths = new.growth_history[len(old.growth_history) :]
+    shared = new.growth_history[: len(old.growth_history)]
+    require(shared == old.growth_history, f"{after} did not grow out of {before}")
     require(old.probe is not None, f"{before} holds no probe batch")
     assert old.probe is not None
     config, layers = old.config, list[int | None](range(old.config.n_layers))
-    structure = Structure()
-    for how in grown:
-        config, plan = plan_for(config, how)
-        layers = [None if i is None else layers[i] for i in block_map(plan)]
-        if len(grown) == 1:
+    checker = PlanChecker()
+    for growth in growths:
+        config, plan = make_plan(config, growth)
+        layers = [None if i is None else layers[i] for i in match_plan_blocks(plan)]
+        if len(growths) == 1:
             for name, row in plan.items():
                 source = old.weights[row.source] if isinstance(row, Tile) else None
-                structure(name, row, source, new.weights[name])
-    exact = all(how.exact for how in grown)
-    old_view, new_view = (look(model.state.model(), old.probe) for model in (old, new))
-    drift = compare(old_view, new_view, layers, exact)
-    if len(grown) == 1:
-        drift = replace(drift, **structure.summary())
+                checker(name, row, source, new.weights[name])
+    is_exact = all(growth.is_exact for growth in growths)
+    old_output, new_output = (run_probe(m.state.model(), old.probe) for m in (old, new))
+    drift = compare_outputs(old_output, new_output, layers, is_exact)
+    if len(growths) == 1:
+        drift = replace(drift, **checker.summary())
     for name, value in asdict(drift).items():
         if value is not None:
             print(f"{name:<18}{value:.6g}")
-    loosest = max(grown, key=lambda how: how.limits.logit, default=Deepen())
-    loss = sum(how.limits.loss for how in grown) or loosest.limits.loss  # each may move it
-    broken = broken_laws(drift, replace(loosest, max_loss_drift=loss))
+    # Each growth may move the loss by its own limit, and a logit by the largest of their limits.
+    limits = [resolve_tolerance(growth) for growth in growths or [Deepen(0)]]
+    tolerance = Tolerance(max(logit for logit, _ in limits), sum(loss for _, loss in limits))
+    loosest = max(growths, key=lambda growth: resolve_tolerance(growth)[0], default=Deepen(0))
+    broken = broken_limits(drift, replace(loosest, tolerance=tolerance))
     print("\n".join(broken))
     return not broken
 
@@ -220,12 +246,15 @@ def main() -> None:
     if (args.before is None) != (args.after is None):
         parser.error("--before and --after belong together")
     try:
-        held = compare_checkpoints(args.before, args.after) if args.before else prove_all()
+        if args.before:
+            all_held = compare_checkpoints(args.before, args.after)
+        else:
+            all_held = prove_growths() & prove_commutation()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print("every law holds" if held else "NOT every law holds")
-    sys.exit(not held)
+    print("every law holds" if all_held else "NOT every law holds")
+    sys.exit(not all_held)
 
 
 if __name__ == "__main__":
