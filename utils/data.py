@@ -1,4 +1,8 @@
-"""Corpus -> tokens on disk -> batches. Text becomes tokens once; a later start maps the files."""
+"""The corpus: a text becomes files of tokens once, and batches are read from these files.
+
+corpus = prepare_corpus(DataConfig("builtin"), vocab_size=0)
+windows = get_batch(corpus.train, seq_len=256, size=8, seed=0, index=0)   # (8, 257) int64
+"""
 
 import hashlib
 import json
@@ -9,67 +13,96 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from config import DataConfig, require
-from utils import cache, hub, sources, tokens
+from utils.runtime.hub import HubUnreachable, hash_file
+from utils.text.fast_encode import write_tokens
+from utils.text.sources import TextChunk, TextSource, find_source, mark_validation
+from utils.text.token_cache import cached_folder
+from utils.text.tokenizer import (
+    TOKENIZER_JSON,
+    embedding_rows,
+    load_tokenizer,
+    resolve_tokenizer_name,
+    tokenizer_identity,
+)
 
-FORMAT = 2
-"""Raised when the same text would become other files."""
+CACHE_FORMAT = 3
+"""Part of every cache key. It goes up when the same text would become other files."""
+TRAIN_FILE, VALID_FILE, META_FILE = "train.bin", "valid.bin", "meta.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens of the stories, an end-of-text token after each, in memory-mapped files."""
+    """The tokens of all stories, an end-of-text token after each, in memory-mapped files."""
 
     train: np.ndarray
+    """Training tokens (N,), uint16 or, for a large vocabulary, uint32."""
     valid: np.ndarray
+    """Validation tokens (N,)."""
     tokenizer: Tokenizer
-    eos: int
+    eos_id: int
+    """Id of the end-of-text token."""
     vocab_size: int
+    """Rows that an embedding of the tokens needs."""
     name: str
-    """`data.source` as it was given, but for `auto`: what that came to be."""
-    fallback: bool
-    """`auto` had to make do with the built-in stories."""
+    """`data.source`; for `auto`, the source that it came to be."""
+    is_fallback: bool
+    """Whether `auto` had to take the built-in stories."""
     fingerprint: str
-    """Of both token files: equal tokens, equal fingerprint."""
+    """Hash of all tokens: equal tokens, equal fingerprint."""
 
 
-def prepare(config: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Corpus:
-    """`vocab_size` is what the model has room for, and what a learned tokenizer learns; 0: any."""
+def prepare_corpus(
+    config: DataConfig, vocab_size: int, warn: Callable[[str], None] = print
+) -> Corpus:
+    """Returns the tokens of `data.source`, from the cache or, the first time, made of its text.
+
+    Args:
+        config: Where the text comes from and how it becomes tokens.
+        vocab_size: How many tokens the model has room for, which is also how many a learned
+            tokenizer learns. 0 takes as many as there are.
+        warn: Takes lines of text about what is not as asked for.
+
+    Raises:
+        InputError: naming the field, for a source, tokenizer or cache that cannot be used.
+    """
     if config.source != "auto":
-        return prepare_source(config, vocab_size, say)
+        return prepare_source(config, vocab_size, warn)
     try:
-        return prepare_source(replace(config, source="tinystories"), vocab_size, say)
-    except hub.Unreachable as error:
-        say(f"WARNING: no TinyStories. {error}")
-        say("Going on with the BUILT-IN stories; --data.source takes a text file or folder.")
-    corpus = prepare_source(replace(config, source="builtin"), vocab_size, say)
-    return replace(corpus, fallback=True)
+        return prepare_source(replace(config, source="tinystories"), vocab_size, warn)
+    except HubUnreachable as error:
+        warn(f"WARNING: no TinyStories. {error}")
+        warn("Going on with the BUILT-IN stories; --data.source takes a text file or folder.")
+    corpus = prepare_source(replace(config, source="builtin"), vocab_size, warn)
+    return replace(corpus, is_fallback=True)
 
 
-def prepare_source(config: DataConfig, vocab_size: int, say: Callable[[str], None]) -> Corpus:
-    source = sources.find(config)
-    name = tokens.resolve(config)
+def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], None]) -> Corpus:
+    """Returns the corpus of a source other than `auto`. See `prepare_corpus`."""
+    source = find_source(config)
+    tokenizer_name = resolve_tokenizer_name(config)
     identity = [
-        FORMAT,
+        CACHE_FORMAT,
         source.identity,
-        tokens.identity(name, vocab_size),
+        tokenizer_identity(tokenizer_name, vocab_size),
         config.num_stories,
-        config.holdout,
+        config.valid_fraction,
     ]
 
-    def fill(part: Path) -> None:
-        build(part, config, source, name, vocab_size)
-        same = sources.find(config).identity == source.identity
-        require(same, f"data.source = {config.source} changed while it was read; run again")
+    def build(folder: Path) -> None:
+        tokenize_source(folder, config, source, tokenizer_name, vocab_size)
+        is_same = find_source(config).identity == source.identity
+        require(is_same, f"data.source = {config.source} changed while it was read; run again")
 
-    folder = cache.folder(config.cache, identity, fill, say)
-    corpus = open_corpus(folder, config.source)
-    check_room(config, corpus.vocab_size, vocab_size)
+    corpus = open_corpus(cached_folder(config.cache, identity, build, warn), config.source)
+    check_vocab_size(config, corpus.vocab_size, vocab_size)
     return corpus
 
 
-def check_room(config: DataConfig, size: int, vocab_size: int) -> None:
+def check_vocab_size(config: DataConfig, size: int, vocab_size: int) -> None:
+    """Raises InputError if a tokenizer of `size` tokens is too large for the model."""
     require(
         not vocab_size or size <= vocab_size,
         f"data.tokenizer = {config.tokenizer} has {size} tokens, "
@@ -77,85 +110,83 @@ def check_room(config: DataConfig, size: int, vocab_size: int) -> None:
     )
 
 
-def build(
-    folder: Path, config: DataConfig, source: sources.Source, name: str, vocab_size: int
+def tokenize_source(
+    folder: Path, config: DataConfig, source: TextSource, tokenizer_name: str, vocab_size: int
 ) -> None:
-    splits = source.open()
+    """Writes a source's tokens, its tokenizer and what `open_corpus` needs to know into a folder.
 
-    def pieces() -> Iterator[tuple[bool, sources.Piece]]:
-        return sources.held_out(splits, config.num_stories, config.holdout)
+    Raises:
+        InputError: if the source holds no text, or the tokenizer is too large for the model.
+    """
+    splits = source.get_splits()
 
-    def text() -> Iterator[str]:
-        return (piece.text for held_out, piece in pieces() if not held_out)
+    def read_chunks() -> Iterator[tuple[bool, TextChunk]]:
+        return mark_validation(splits, config.num_stories, config.valid_fraction)
 
-    tokenizer, eos = tokens.load(name, vocab_size, text)
-    size = tokens.size(tokenizer)
-    check_room(config, size, vocab_size)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    def read_train_text() -> Iterator[str]:
+        return (chunk.text for is_valid, chunk in read_chunks() if not is_valid)
+
+    tokenizer, eos_id = load_tokenizer(tokenizer_name, vocab_size, read_train_text)
+    size = embedding_rows(tokenizer)
+    check_vocab_size(config, size, vocab_size)
+    (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
-    train, valid = folder / "train.bin", folder / "valid.bin"
-    tokens.write(pieces(), tokenizer, eos, dtype, train, valid)
+    train, valid = folder / TRAIN_FILE, folder / VALID_FILE
+    write_tokens(read_chunks(), tokenizer, eos_id, dtype, train, valid)
     require(train.stat().st_size > 0, f"data.source = {config.source}: there is no text in it")
+    hashes = hash_file(train) + hash_file(valid)
     meta = {
-        "eos": eos,
+        "eos_id": eos_id,
         "vocab_size": size,
         "dtype": dtype.name,
-        "fingerprint": fingerprint(train, valid),
+        "fingerprint": hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16],
     }
-    (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def fingerprint(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    (folder / META_FILE).write_text(json.dumps(meta))
 
 
 def open_corpus(folder: Path, name: str) -> Corpus:
-    meta = json.loads((folder / "meta.json").read_text())
-    train, valid = (mapped(folder / file, meta["dtype"]) for file in ("train.bin", "valid.bin"))
+    """Returns the corpus that `tokenize_source` wrote, without reading its tokens."""
+    meta = json.loads((folder / META_FILE).read_text())
+    dtype = meta.pop("dtype")
     return Corpus(
-        train=train,
-        valid=valid,
-        tokenizer=Tokenizer.from_file(str(folder / "tokenizer.json")),
-        eos=meta["eos"],
-        vocab_size=meta["vocab_size"],
+        train=map_tokens(folder / TRAIN_FILE, dtype),
+        valid=map_tokens(folder / VALID_FILE, dtype),
+        tokenizer=Tokenizer.from_file(str(folder / TOKENIZER_JSON)),
         name=name,
-        fallback=False,
-        fingerprint=meta["fingerprint"],
+        is_fallback=False,
+        **meta,
     )
 
 
-def mapped(path: Path, dtype: str) -> np.ndarray:
-    """An empty file cannot be mapped."""
+def map_tokens(path: Path, dtype: str) -> np.ndarray:
+    """Returns a file's tokens, memory-mapped unless it is empty, which cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def check_length(corpus: Corpus, seq_len: int) -> None:
-    """Each split must hold at least one context and the token after it."""
-    for what, split in (("training", corpus.train), ("held-out", corpus.valid)):
+def check_corpus_length(corpus: Corpus, seq_len: int) -> None:
+    """Raises InputError unless each split holds a context of `seq_len` tokens and one more."""
+    for split, tokens in (("training", corpus.train), ("validation", corpus.valid)):
         require(
-            len(split) > seq_len,
-            f"data.source = {corpus.name}: the {what} text has {len(split)} tokens, shorter than "
-            f"one context (model.seq_len = {seq_len} + 1)",
+            len(tokens) > seq_len,
+            f"data.source = {corpus.name}: the {split} text has {len(tokens)} tokens, shorter "
+            f"than one context (model.seq_len = {seq_len} + 1)",
         )
 
 
-def batch(tokens: np.ndarray, seq_len: int, size: int, seed: int, index: int) -> torch.Tensor:
-    """Batch `index`, (size, seq_len + 1): windows at offsets that follow from (seed, index) alone.
+def get_batch(tokens: np.ndarray, seq_len: int, size: int, seed: int, index: int) -> Tensor:
+    """Returns batch `index` of a run: random windows (size, seq_len + 1) of its tokens, int64.
 
-    Inputs are all but the last column, targets all but the first.
+    The windows follow from (seed, index) alone. Inputs are all but the last column, targets all
+    but the first.
     """
-    offsets = np.random.default_rng((seed % 2**64, index)).integers(
-        len(tokens) - seq_len, size=size
-    )
+    generator = np.random.default_rng((seed % 2**64, index))
+    offsets = generator.integers(len(tokens) - seq_len, size=size)
     return torch.from_numpy(tokens[offsets[:, None] + np.arange(seq_len + 1)].astype(np.int64))
 
 
-def windows(tokens: np.ndarray, seq_len: int, limit_tokens: int) -> torch.Tensor:
-    """The first windows (n, seq_len + 1) of the text, side by side: the same at every call."""
+def first_windows(tokens: np.ndarray, seq_len: int, limit_tokens: int) -> Tensor:
+    """Returns the windows (N, seq_len + 1), int64, at the start of a text: as many as lie side by
+    side within `limit_tokens`, at least one."""
     count = max(1, min(limit_tokens, len(tokens)) // (seq_len + 1))
     flat = tokens[: count * (seq_len + 1)].astype(np.int64)
     return torch.from_numpy(flat).view(count, seq_len + 1)

@@ -1,0 +1,137 @@
+"""What to measure and on what: the benchmark's options, and what all its measurements share."""
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from config import PRESETS, NonNegativeInt, PositiveInt, Run, check_fields, require
+from utils.benchmark.timing import Work, time_in_turn
+from utils.runtime.device import choose_device, training_dtype
+from utils.schedule.phases import ResolvedPhase
+from utils.text.tokenizer import LEARNED_VOCAB_SIZE
+
+CompileMode = Literal["default", "reduce-overhead"]
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Measures the training step of each phase as train.py runs it, batches included, and what the
+    machine allows: large matrix products and a large copy are timed first. `limit` is the speed of
+    a step that does its products at the one rate and moves 38 bytes a parameter at the other.
+    Weights are fresh and the text is random token ids, which load the experts more evenly than text
+    loads trained ones. The step with data and the step without are timed in turn; models are timed
+    one after the other, because together they might not fit."""
+
+    preset: str = "full"
+    """The preset whose phases are measured."""
+    phases: tuple[int, ...] = ()
+    """Measure only these phases, by number. Empty measures all of them."""
+    batches: tuple[Literal["default"] | int, ...] = ("default", 64)
+    """Sequences in a step. `default` is the phase's own batch."""
+    steps: bool = True
+    """Measure the training step. Without it the baselines on a CPU have the memory allocator as
+    their users have it, not as train.py sets it."""
+    baselines: bool = False
+    """Measure transformers' Llama or Mixtral of the same shape too, in the run's precision on
+    float32 parameters and in pure bf16."""
+    baseline_compile: tuple[CompileMode, ...] = ()
+    """Measure both of these baselines through torch.compile as well, in each of these modes."""
+    transitions: bool = False
+    """Measure each growth, Adam's moments included, and a mere copy of what it makes."""
+    tokenize: Path | None = None
+    """Measure how fast this text file becomes tokens."""
+    startup: bool = False
+    """Measure the time from starting train.py to the end of its first step, with cached tokens."""
+    source: str = "builtin"
+    """Text for --startup, the data.source of train.py."""
+    tokenizer: str = "auto"
+    """Tokenizer for --startup and --tokenize, the data.tokenizer of train.py."""
+    json: Path | None = None
+    """Write all that is measured into this .json file, as one object."""
+    device: str = "auto"
+    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the training step, the precision of train.py."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """The training.cuda_graph of train.py. `off` launches the step operation by operation; its
+    components are timed as graphs all the same."""
+    repeats: PositiveInt = 20
+    """Timed runs of each measurement, whose median counts."""
+    warm_up: NonNegativeInt = 5
+    """Runs before them that do not count. With CUDA graphs the fourth run captures the graph."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(
+            self.preset in PRESETS,
+            f"preset = {self.preset} is not there, only {', '.join(PRESETS)}",
+        )
+        count = len(PRESETS[self.preset]().schedule)
+        require(
+            all(1 <= number <= count for number in self.phases),
+            f"phases = {self.phases} must be numbers from 1 to {count}",
+        )
+        require(
+            all(size == "default" or size >= 1 for size in self.batches),
+            f"batches = {self.batches} must be numbers from 1, or default",
+        )
+        require(
+            not self.baseline_modes or find_spec("transformers") is not None,
+            "baselines = True needs the package transformers",
+        )
+        require(
+            self.tokenize is None or self.tokenize.is_file(),
+            f"tokenize = {self.tokenize} is not a file",
+        )
+        out = self.json
+        require(
+            out is None or (out.suffix == ".json" and out.parent.is_dir() and not out.is_dir()),
+            f"json = {out} is no .json file in a folder that is there",
+        )
+        wanted = self.steps, self.baseline_modes, self.transitions, self.tokenize, self.startup
+        require(any(wanted), "steps = False leaves nothing to measure")
+
+    @property
+    def baseline_modes(self) -> list[CompileMode | None]:
+        """The modes of torch.compile in which to measure the baselines; None is not compiled."""
+        return [*([None] if self.baselines else []), *self.baseline_compile]
+
+
+@dataclass(frozen=True)
+class BenchmarkSetup:
+    """What all measurements share."""
+
+    options: BenchmarkOptions
+    run: Run
+    """The preset, with its vocabulary known."""
+    device: torch.device
+    dtype: torch.dtype
+    """The dtype of the training step's matrix products."""
+
+    @classmethod
+    def from_options(cls, options: BenchmarkOptions) -> "BenchmarkSetup":
+        """Returns the setup for these options, whose device becomes CUDA's current one.
+
+        Raises:
+            InputError: for a device that the machine does not have.
+        """
+        preset, device = PRESETS[options.preset](), choose_device(options.device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # whose streams the events and the captured graphs take
+        run = replace(
+            preset,
+            model=replace(preset.model, vocab_size=preset.model.vocab_size or LEARNED_VOCAB_SIZE),
+            training=replace(preset.training, cuda_graph=options.cuda_graph),
+        )
+        return cls(options, run, device, training_dtype(options.precision, device))
+
+    def has_phase(self, phase: ResolvedPhase) -> bool:
+        """Whether a phase is to be measured."""
+        return not self.options.phases or phase.number in self.options.phases
+
+    def time(self, *works: Work) -> list[list[float]]:
+        """Returns the seconds of each timed run of each of `works`, run in turn."""
+        return time_in_turn(works, self.device, self.options.repeats, self.options.warm_up)

@@ -1,0 +1,120 @@
+"""Checkpoints: weights and plain values in one `.pt` file that loads with `weights_only=True`."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import (
+    Deepen,
+    Growth,
+    InputError,
+    ModelConfig,
+    Tolerance,
+    TrainingConfig,
+    Upcycle,
+    Widen,
+    require,
+)
+from transfer import TrainState
+from transfer.plan import param_shapes
+from utils.runtime.atomic_io import load_tensors, save_tensors
+from utils.runtime.device import on_cpu
+
+CHECKPOINT_SCHEMA = 2
+OPERATORS = {operator.__name__: operator for operator in (Upcycle, Widen, Deepen)}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with all that is needed to use it, and how it came to be."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: str
+    """The tokenizer.json of the `tokenizers` library."""
+    eos_id: int
+    """Id of the end-of-text token."""
+    growth_history: tuple[Growth, ...] = ()
+    """Every operator that the model has been through, in order."""
+    probe: Tensor | None = None
+    """The frozen windows (B, T + 1) that judge its growth."""
+    phase_name: str = ""
+    tokens: int = 0
+    """Training tokens that the model has seen."""
+    seed: int = 0
+    load_balance_coef: float = TrainingConfig.load_balance_coef
+    """Weight of the load-balancing loss that it was trained with."""
+    init_from: str = ""
+    """The pretrained model that it began as; empty for random weights."""
+
+    @property
+    def state(self) -> TrainState:
+        """The model as a TrainState with an empty Adam state."""
+        return TrainState(self.config, self.weights)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written; the file that was there is then still there.
+    """
+    content = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    content |= {
+        "schema": CHECKPOINT_SCHEMA,
+        "config": asdict(checkpoint.config),
+        "weights": on_cpu(checkpoint.weights),
+        "growth_history": [
+            {"operator": type(growth).__name__, **asdict(growth)}
+            for growth in checkpoint.growth_history
+        ],
+        "probe": None if checkpoint.probe is None else checkpoint.probe.cpu(),
+    }
+    save_tensors(path, content)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        InputError: for a file that is missing, damaged or no checkpoint, and for weights that are
+            not all there, of another shape or not finite.
+    """
+    content = load_tensors(path)
+    schema = content.pop("schema", None)
+    require(
+        schema == CHECKPOINT_SCHEMA,
+        f"{path} is no checkpoint of schema {CHECKPOINT_SCHEMA} (schema = {schema})",
+    )
+    try:
+        content["config"] = ModelConfig.from_dict(content["config"])
+        content["growth_history"] = tuple(map(growth_from_dict, content["growth_history"]))
+        checkpoint = Checkpoint(**content)
+    except (KeyError, TypeError, AttributeError, InputError) as error:
+        raise InputError(f"{path} is no checkpoint of this program ({error})") from error
+    check_weights(path, checkpoint.config, checkpoint.weights)
+    return checkpoint
+
+
+def growth_from_dict(values: dict) -> Growth:
+    """Returns an operator from its name and fields. Raises KeyError or TypeError where there is no
+    such operator."""
+    operator = OPERATORS[values.pop("operator")]
+    values["tolerance"] = Tolerance(**values["tolerance"])
+    return operator(**values)
+
+
+def check_weights(path: Path, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """Raises InputError, naming the parameter, unless `weights` are those of a model of
+    `config`."""
+    require(isinstance(weights, dict), f"{path} is no checkpoint: its weights have no names")
+    expected = param_shapes(config)
+    for name in expected.keys() | weights.keys():
+        require(name in weights, f"{path}: {name} is missing")
+        require(name in expected, f"{path}: {name} is no parameter of this model")
+        require(isinstance(weights[name], Tensor), f"{path}: {name} is no tensor")
+        shape, wanted = tuple(weights[name].shape), tuple(expected[name])
+        require(shape == wanted, f"{path}: {name} is {shape}, not {wanted}")
+        require(bool(torch.isfinite(weights[name]).all()), f"{path}: {name} is not finite")

@@ -1,0 +1,172 @@
+"""What a run prints about itself: before it starts, while it trains, and when it has ended."""
+
+import torch
+
+from config import Growth, Run, resolve_tolerance
+from models.ops import fused_kernels_available
+from transfer import FunctionDrift
+from utils.data import Corpus
+from utils.metrics.diagnostics import UNDERUSED_SHARE
+from utils.metrics.history import settling_losses
+from utils.optim.cuda_graph import wants_cuda_graph
+from utils.runtime.device import device_name, training_dtype
+from utils.runtime.formatting import (
+    TableRows,
+    format_architecture,
+    format_duration,
+    format_number,
+    format_params,
+    format_table,
+)
+from utils.schedule.memory import phase_memory_gb
+from utils.schedule.phases import ResolvedPhase
+
+LONG_RUN_S = 3600.0
+NOTABLE_RISE = 0.02
+"""Nats above the loss before a growth that are worth a word."""
+
+
+def run_header(run: Run, phases: list[ResolvedPhase], corpus: Corpus, device: torch.device) -> str:
+    """Returns what will run: the text, the device, and a line per phase with its model, its length
+    and the memory it is expected to need."""
+    train, valid = format_number(len(corpus.train)), format_number(len(corpus.valid))
+    name = "BUILT-IN STORIES (no hub)" if corpus.is_fallback else corpus.name
+    start = [f"start   {run.init_from}, with its own tokenizer"] if run.init_from else []
+    lines = [
+        *start,
+        f"data    {name}, {train} training and {valid} validation tokens, "
+        f"vocabulary {corpus.vocab_size:,}",
+        f"device  {device_name(device)}, {step_description(run, phases, device)}",
+        f"output  {run.out}, seed {run.seed}",
+        "",
+    ]
+    rows: TableRows = [
+        ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
+    ]
+    rows += [phase_row(phase, run, device) for phase in phases]
+    return "\n".join([*lines, *format_table(rows), ""])
+
+
+def step_description(run: Run, phases: list[ResolvedPhase], device: torch.device) -> str:
+    """Returns how the training step is computed, in words."""
+    training, dtype = run.training, training_dtype(run.precision, device)
+    config = phases[-1].config
+    if not (training.fused_kernels and fused_kernels_available(config, device, dtype)):
+        return "bf16 autocast" if dtype == torch.bfloat16 else "fp32"
+    if training.low_memory:
+        return "bf16, fused kernels, low-memory optimizer"
+    captured = [str(p.number) for p in phases if wants_cuda_graph(training, p.steps)]
+    if not captured:
+        return "bf16, fused kernels, no CUDA graph"
+    return f"bf16, fused kernels, one CUDA graph a step in phases {', '.join(captured)}"
+
+
+def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str, ...]:
+    """Returns a phase's row in the header."""
+    config = phase.config
+    return (
+        f"{phase.number} {phase.name}",
+        format_architecture(config),
+        format_params(config.num_params, config.num_active_params),
+        format_number(phase.tokens),
+        f"{phase.batch_size} x {config.seq_len}",
+        f"{phase.lr:g}",
+        f"{phase_memory_gb(phase, run, device):.1f} GB",
+    )
+
+
+def growth_line(phase: ResolvedPhase, growth: Growth, drift: FunctionDrift) -> str:
+    """Returns what a growth did to the model's function, as a line."""
+    _, max_loss_drift = resolve_tolerance(growth)
+    changed = f"changed the function, which may move by {max_loss_drift:g} nats"
+    effect = "kept the function" if growth.is_exact else changed
+    return f"{phase}: {type(growth).__name__} {effect}: {drift}"
+
+
+def progress_line(
+    phase: ResolvedPhase, step: int, last: dict[str, float], above_growth: float | None
+) -> str:
+    """Returns an evaluation as a line, given the last metrics and how far the loss is above that
+    before the phase's growth."""
+    parts = [f"{phase} step {step}/{phase.steps}", f"valid {last['valid_loss']:.3f}"]
+    if "loss" in last:
+        speed = format_number(last["tokens_per_s"])
+        parts += [f"train {last['loss']:.3f}", f"{speed} tokens/s"]
+    if above_growth is not None and above_growth > NOTABLE_RISE:
+        parts.append(f"({above_growth:.3f} above what it was before the growth)")
+    return "  ".join(parts)
+
+
+def underused_line(underused: list[tuple[int, int]]) -> str:
+    """Returns the (layer, expert) pairs that get too few tokens, as a line."""
+    shown = ", ".join(f"{expert} of layer {layer}" for layer, expert in underused[:4])
+    more = f" and {len(underused) - 4} more" if len(underused) > 4 else ""
+    share = f"{UNDERUSED_SHARE:.0%} of a fair share of the tokens"
+    return f"  underused, with less than {share}: expert {shown}{more}"
+
+
+def estimate_line(phases: list[ResolvedPhase], seconds_per_flop: float) -> str:
+    """Returns the time that training will take if every phase computes as fast as the first steps
+    did, as a line."""
+    seconds = [phase.flops * seconds_per_flop for phase in phases]
+    pairs = zip(phases, seconds, strict=True)
+    parts = ", ".join(f"{phase.name} {format_duration(s)}" for phase, s in pairs)
+    line = f"about {format_duration(sum(seconds))} of training to come ({parts})"
+    if sum(seconds) > LONG_RUN_S:
+        line += (
+            "\nThat is long. `train.py tiny` shows every phase in about a minute; "
+            "--training.steps-phase1 ... 4 shorten the phases; a GPU is 100 times faster."
+        )
+    return line
+
+
+def run_summary(events: list[dict]) -> str:
+    """Returns the losses of each phase and what each growth moved, from a run's history."""
+    phases: TableRows = [
+        ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
+    ]
+    growths: TableRows = [
+        ("growth", "loss before", "loss after", "drift", "logits", "flipped", "copies", "then")
+    ]
+    for event in events:
+        if event["event"] == "checkpoint" and event["trained"]:
+            phases.append(trained_row(event))
+        elif event["event"] == "grow":
+            growths.append((*growth_row(event), settling_cell(event, events)))
+    return "\n".join(
+        format_table(phases) + (["", *format_table(growths)] if len(growths) > 1 else [])
+    )
+
+
+def trained_row(event: dict) -> tuple[str, ...]:
+    """Returns a trained phase's row in the summary."""
+    memory = event.get("peak_memory_gb")
+    return (
+        f"{event['phase']} {event['phase_name']}",
+        format_params(event["params"], event["active_params"]),
+        format_number(event["phase_tokens"]),
+        f"{event['loss']:.3f}" if "loss" in event else "-",
+        f"{event['valid_loss']:.3f}",
+        f"{event['phase_s']:.0f}",
+        f"{memory:.1f} GB" if memory is not None else "-",
+    )
+
+
+def settling_cell(grow: dict, events: list[dict]) -> str:
+    """Returns how far the float32 validation loss was above that before the growth, by steps."""
+    above = settling_losses(events, grow["phase"])
+    return ", ".join(f"{loss:+.3f} at {step}" for step, loss in above.items())
+
+
+def growth_row(event: dict) -> tuple[str, ...]:
+    """Returns a growth's row in the summary, without the losses that followed."""
+    distance = event["copy_distance"]
+    return (
+        f"{event['growth']} -> {event['phase_name']}",
+        f"{event['loss_before']:.6f}",
+        f"{event['loss_after']:.6f}",
+        f"{event['loss_drift']:.1e}",
+        f"{event['max_logit_diff']:.1e}",
+        f"{event['flipped']} of {event['probe_tokens']}",
+        f"{distance:.3f}" if distance is not None else "-",
+    )

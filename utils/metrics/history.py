@@ -1,0 +1,151 @@
+"""The record of a run: one flat JSON object a line, `event` first, full floats, never NaN."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from config import InputError, require
+
+HISTORY_FILE = "training_history.jsonl"
+PLOT_FILE = "training_curves.png"
+POSITION_FIELDS = {"event", "wall_s", "phase", "phase_name", "step", "tokens"}
+"""Fields that say when something was measured, not what."""
+
+
+class History:
+    """Appends a line per event. `wall_s` goes on from the last line of a file that already exists.
+
+    A line counts once its newline is written: what a killed run left after the last newline is
+    dropped.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        clock: Callable[[], float] = time.perf_counter,
+        length: int | None = None,
+        also: Callable[[dict], None] = lambda event: None,
+    ) -> None:
+        """Opens a history.
+
+        Args:
+            path: The file to append to.
+            clock: Seconds from any origin.
+            length: Bytes of the file to go on after; None goes on after all that is there.
+            also: Called with each event, from the first of the file on.
+        """
+        if length is not None:
+            os.truncate(path, length)
+        earlier = read_history(path) if path.exists() else []
+        self.clock = clock
+        self.start = clock() - (earlier[-1]["wall_s"] if earlier else 0.0)
+        self.path = path
+        self.file = path.open("ab")
+        self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self.also = also
+        for event in earlier:
+            also(event)
+
+    def __call__(self, event: str, **values: object) -> None:
+        """Appends an event. Raises ValueError for a value that JSON cannot hold."""
+        line = {"event": event, "wall_s": self.now(), **values}
+        body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
+        self.file.write(f"{{{body}}}\n".encode())
+        self.file.flush()
+        self.also(line)
+
+    def now(self) -> float:
+        """Returns the seconds that the run has taken so far."""
+        return self.clock() - self.start
+
+    def size(self) -> int:
+        """Returns the bytes written so far."""
+        return self.file.tell()
+
+    def sync(self) -> None:
+        """Returns once everything written is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_history(path: Path) -> list[dict]:
+    """Returns the event of every line whose newline was written.
+
+    Raises:
+        InputError: for a missing file, and for a line that is no event, by its number.
+    """
+    require(path.is_file(), f"{path}: there is no such file")
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def select_events(events: list[dict], kind: str) -> list[dict]:
+    """Returns the events of a kind, such as "step"."""
+    return [event for event in events if event["event"] == kind]
+
+
+def run_record(events: list[dict]) -> dict:
+    """Returns the run's first line; empty if the history does not begin with it."""
+    return next(iter(select_events(events, "run")), {})
+
+
+def last_metrics(events: list[dict], phase: int) -> dict[str, float]:
+    """Returns the last training metrics of a phase and its last validation loss, by name."""
+    own = [event for event in events if event.get("phase") == phase]
+    metrics: dict[str, float] = {}
+    for event in select_events(own, "step")[-1:]:
+        metrics |= {k: v for k, v in event.items() if k not in POSITION_FIELDS | {"lr"}}
+    for event in select_events(own, "eval")[-1:]:
+        metrics["valid_loss"] = event["valid_loss"]
+    return metrics
+
+
+def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]]:
+    """Returns each evaluation of a phase, and how far the validation loss was above what it had
+    been before the phase's growth; nothing if the phase did not grow.
+
+    Both losses are in float32 where the evaluation tells it so; otherwise the loss is taken to be
+    off float32's by as much as it was right after the growth.
+    """
+    own = [event for event in events if event.get("phase") == phase]
+    before = [event.get("valid_loss_fp32") for event in select_events(own, "grow")]
+    evals = select_events(own, "eval")
+    if not evals or not before or before[-1] is None:
+        return []
+    offset = evals[0]["valid_loss"] - evals[0].get("valid_loss_fp32", evals[0]["valid_loss"])
+    losses = [event.get("valid_loss_fp32", event["valid_loss"] - offset) for event in evals]
+    return [(event, loss - before[-1]) for event, loss in zip(evals, losses, strict=True)]
+
+
+def settling_losses(events: list[dict], phase: int) -> dict[int, float]:
+    """Returns by step how far the float32 validation loss was above that before the growth, where
+    it was taken."""
+    above = loss_above_growth(events, phase)
+    return {event["step"]: loss for event, loss in above if "valid_loss_fp32" in event}
+
+
+def _encode(name: str, value: object) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, default=os.fspath)
+    except ValueError as error:
+        raise ValueError(f"{name} = {value} cannot be recorded: {error}") from error
+
+
+def _decode(line: bytes, where: str) -> dict:
+    try:
+        event = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: {error}") from error
+    require(isinstance(event, dict) and {"event", "wall_s"} <= event.keys(), f"{where}: no event")
+    return event

@@ -1,0 +1,104 @@
+"""The losses of a run, and its course in words."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.metrics.history import run_record, select_events
+from utils.plot.axis import PhaseEvents, series
+from utils.runtime.formatting import format_duration, format_params
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#B84600", "#009E73", "#CC79A7", "#8A929B"
+"""Colors that color-blind eyes tell apart."""
+LOSS_FIELDS = {"step": "loss", "eval": "valid_loss"}
+"""The field that holds the loss in each kind of event: on training text, on validation text."""
+LOSS_LABEL = "loss (nats per token)"
+
+
+def draw_losses(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str) -> None:
+    """Draws the training and the validation loss of each phase into its axes."""
+    for axes, phase in zip(row, phases, strict=True):
+        training, validation = (series(phase.events, *item) for item in LOSS_FIELDS.items())
+        axes.plot(*training, color=GREY, linewidth=1, label="training")
+        axes.plot(*validation, "o-", color=BLUE, markersize=4, label="validation")
+    row[0].set_ylabel(LOSS_LABEL)
+    row[0].set_ylim(loss_limits([phases]))
+    row[0].legend()
+
+
+def loss_limits(runs: Sequence[Sequence[PhaseEvents]]) -> tuple[float, float]:
+    """Returns limits around all losses of some runs, but for those of a run's first steps, near
+    log(vocabulary), and those of a collapse."""
+    shown, typical = [], 0.0
+    for phases in runs:
+        start, end = phases[0].x_range
+        events = [event for phase in phases for event in phase.events]
+        for kind, field in LOSS_FIELDS.items():
+            xs, losses = series(events, kind, field)
+            if losses.size:
+                shown.extend(losses[xs >= min(start + (end - start) / 4, xs[-1])])
+                # Of each kind: a model that overfits has two typical losses, and no collapse.
+                typical = max(typical, float(np.median(losses)))
+    low, high = min(shown), min(max(shown), 3 * typical)
+    margin = max(0.06 * (high - low), 0.02)
+    return low - margin, high + margin
+
+
+def describe_phase(phase: PhaseEvents, run: dict) -> list[str]:
+    """Returns lines that say how long a phase took, its number of parameters, what it did to the
+    validation loss, and how far the growth that began it moved the model on the probe batch.
+
+    Args:
+        phase: The phase.
+        run: The first event of the run's history.
+    """
+    total, active = (run[field][phase.number - 1] for field in ("params", "active_params"))
+    lines = [
+        f"{phase.number} {phase.name}, {format_duration(phase.seconds)}",
+        f"{format_params(total, active)} params",
+    ]
+    _, losses = series(phase.events, "eval", "valid_loss")
+    if losses.size:
+        lines.append(f"valid loss {losses[-1]:.2f} ({loss_change(phase):+.2f})")
+    for grow in select_events(phase.events, "grow"):
+        loss, logits = (
+            "not finite" if grow[field] is None else f"{grow[field]:.2g}".replace("e-0", "e-")
+            for field in ("loss_drift", "max_logit_diff")
+        )
+        lines += [f"{grow['growth']}: \N{INCREMENT}loss {loss}", f"\N{INCREMENT}logits {logits}"]
+    return lines
+
+
+def loss_change(phase: PhaseEvents) -> float:
+    """Returns what an evaluated phase, with the growth that began it, did to the validation
+    loss."""
+    _, above = series(phase.events, "eval", "above_growth")
+    _, losses = series(phase.events, "eval", "valid_loss")
+    return above[-1] if above.size else losses[-1] - losses[0]
+
+
+def corpus_name(events: list[dict]) -> str:
+    """Returns the text that a run was trained on."""
+    run = run_record(events)
+    if run["fallback"]:
+        return "BUILT-IN STORIES (hub not reachable)"
+    return run["corpus"].replace("builtin", "built-in stories")
+
+
+def elapsed_time(events: list[dict]) -> str:
+    """Returns the time that a run took, or has taken so far."""
+    so_far = "" if select_events(events, "end") else " so far"
+    return format_duration(events[-1]["wall_s"] - events[0]["wall_s"]) + so_far
+
+
+def final_loss(events: list[dict]) -> str:
+    """Returns the last validation loss of a run, or else its last training loss, in words; nothing
+    if it has neither."""
+    for kind, text in (("eval", "validation"), ("step", "training")):
+        for event in select_events(events, kind)[-1:]:
+            return f"{text} loss {event[LOSS_FIELDS[kind]]:.2f}"
+    return ""

@@ -1,0 +1,121 @@
+"""From the command line to a call: presets, overrides, and what an error looks like."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import cleandoc
+from typing import TypeVar
+
+from config import PRESETS, InputError, ModelConfig, Run, require
+from utils.runtime.errors import RunStopped
+from utils.runtime.signals import Stopped, raise_on_signals
+
+EXIT_INPUT_ERROR, EXIT_RUN_STOPPED, EXIT_PIPE_CLOSED = 2, 1, 141
+T = TypeVar("T")
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs `command` and exits: with 0, or with one line on stderr and 2 for bad input, 1 for a run
+    that had to stop, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads on (`| head`)."""
+    try:
+        with raise_on_signals():
+            command()
+    except InputError as error:
+        exit_with(f"error: {error}", EXIT_INPUT_ERROR)
+    except RunStopped as error:
+        exit_with(f"stopped: {error}", EXIT_RUN_STOPPED)
+    except Stopped as stop:
+        exit_with(str(stop), stop.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at exit
+        sys.exit(EXIT_PIPE_CLOSED)
+
+
+def exit_with(message: str, code: int) -> None:
+    """Prints a line on stderr and exits."""
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_run(args: list[str]) -> Run:
+    """Parses `[PRESET] [--field value ...]`.
+
+    Raises:
+        InputError: for arguments that make no run.
+    """
+    preset, overrides = "full", args
+    if args and not args[0].startswith("-"):
+        preset, *overrides = args
+    if preset not in PRESETS:
+        nearest = get_close_matches(preset, PRESETS, n=1)
+        hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
+        raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
+    presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    run = parse_flags(
+        Run,
+        overrides,
+        default=PRESETS[preset](),
+        prog=f"train.py {preset}",
+        description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
+        f"\n\nThe defaults below are those of {preset}.",
+        hint="; the preset comes first" if PRESETS.keys() & set(overrides) else "",
+    )
+    check_init_from(run, PRESETS[preset]().model)
+    return run
+
+
+def check_init_from(run: Run, default: ModelConfig) -> None:
+    """Raises InputError where the model is both taken from elsewhere and described."""
+    changed = [
+        f"model.{field.name} = {value}"
+        for field in fields(ModelConfig)
+        if field.name != "seq_len"
+        and (value := getattr(run.model, field.name)) != getattr(default, field.name)
+    ]
+    require(
+        not (run.init_from and changed),
+        f"init_from = {run.init_from} brings its own model: {', '.join(changed)} cannot be set",
+    )
+
+
+def parse_flags(
+    kind: type[T], args: list[str], default: T, prog: str, description: str, hint: str = ""
+) -> T:
+    """Parses `--field value ...` into a dataclass.
+
+    Raises:
+        InputError: ending in `hint`, for arguments that do not make one.
+    """
+    import tyro
+
+    stderr = io.StringIO()
+    try:
+        with redirect_stderr(stderr):
+            return tyro.cli(
+                kind,
+                args=args,
+                default=default,
+                prog=prog,
+                description=cleandoc(description),
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(unframe(stderr.getvalue()) + hint) from None
+
+
+def unframe(box: str) -> str:
+    """Returns what tyro says in a frame of several lines as one line: the complaint, then what was
+    probably meant."""
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    text = " ".join(line for line in lines[1:] if line)
+    complaint, *others = filter(str.strip, re.split(r"[─-]{3,}", text))
+    hints = " ".join(part for part in others if "Perhaps you meant" in part)
+    meant = re.findall(r"(?<= )--[\w.-]+", hints)
+    return complaint.strip() + (f"; perhaps you meant {' or '.join(meant[:3])}" if meant else "")

@@ -1,0 +1,44 @@
+"""Numbers, times, models and tables as people read them."""
+
+from config import ModelConfig
+
+TableRows = list[tuple[str, ...]]
+
+
+def format_number(number: float) -> str:
+    """Returns three digits and a unit: `64.3 M`."""
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration in seconds, minutes or hours: `1 h 31 min`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_architecture(config: ModelConfig) -> str:
+    """Returns a model's shape: `12 x 512, 8 experts, top-2`."""
+    kind = f"{config.num_experts} experts, top-{config.top_k}" if config.num_experts else "dense"
+    return f"{config.n_layers} x {config.d_model}, {kind}"
+
+
+def format_params(total: int, active: int) -> str:
+    """Returns a number of parameters: `246 M`, or `90.3 M of 246 M` if a token passes through fewer
+    than all."""
+    count = format_number(total)
+    return count if active == total else f"{format_number(active)} of {count}"
+
+
+def format_table(rows: TableRows) -> list[str]:
+    """Returns the lines of a table, the first column aligned left and the others right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
+    return lines

@@ -1,0 +1,213 @@
+"""Files and datasets from the Hugging Face hub, and one clear line when they do not come."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+from config import InputError
+from utils.runtime.stall_monitor import call_with_timeout
+
+TINYSTORIES = "roneneldan/TinyStories"
+GPT2 = "openai-community/gpt2"
+HUB_REVISIONS = {
+    TINYSTORIES: "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+    GPT2: "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+}
+"""Commits of what runs are compared on. Anything else is taken as it is on the day."""
+ROWS_PER_FETCH = 64
+OFFLINE_HINT = "HF_HUB_OFFLINE=1 with a warm cache, or another HF_ENDPOINT"
+DATA_HINT = (
+    "try --data.source builtin, --data.source PATH with a --data.tokenizer of your own, "
+    + OFFLINE_HINT
+)
+
+
+class HubUnreachable(InputError):
+    """The hub did not deliver, though what was asked for may well be there."""
+
+
+class NotOnHub(InputError):
+    """The hub says that there is no such thing."""
+
+
+def dataset_splits(name: str, text_field: str) -> dict[str, Callable[[], Iterator[str]]]:
+    """Returns a dataset's splits by name, each as a function that reads its texts, those in the
+    column `text_field`, from the beginning.
+
+    Raises:
+        InputError: for a dataset that cannot be read or has no such column.
+        NotOnHub: if there is no such dataset.
+        HubUnreachable: if the hub does not deliver it.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise HubUnreachable(
+            f"data.source: {name} needs the datasets library (pip install datasets)"
+        )
+    import datasets
+    import pyarrow
+
+    with explain_hub_errors(f"data.source: dataset {name}"):
+        pyarrow.set_io_thread_count(1)  # reads that fail one by one leave none behind
+        check_hub_answers()
+        remove_damaged_cards(name)
+        revision = HUB_REVISIONS.get(name)
+        splits = call_with_timeout(
+            lambda: datasets.load_dataset(name, revision=revision, streaming=True)
+        )
+    columns = next(iter(splits.values())).column_names  # of all splits; None if not known
+    # Before a row is read: Arrow's threads then hold the file, and may abort the process's end.
+    if columns and text_field not in columns:
+        raise missing_column_error(name, text_field, columns)
+    num_read: Counter[str] = Counter()
+    return {
+        str(split): lambda rows=rows: read_column(name, rows, text_field, num_read)
+        for split, rows in splits.items()
+    }
+
+
+def read_column(
+    name: str, rows: Iterable[dict], text_field: str, num_read: Counter[str]
+) -> Iterator[str]:
+    """Yields the texts of a split. `num_read` counts those of all splits: once some have come, a
+    hub that fails is no longer HubUnreachable, for which others would be taken."""
+    unread = iter(rows)
+    try:
+        with explain_hub_errors(f"data.source: dataset {name}"):
+            while fetched := call_with_timeout(lambda: list(islice(unread, ROWS_PER_FETCH))):
+                for row in fetched:
+                    if not isinstance(row.get(text_field), str):
+                        raise missing_column_error(name, text_field, row)
+                    num_read[name] += 1
+                    yield row[text_field]
+    except HubUnreachable as error:
+        if not num_read[name]:
+            raise
+        raise InputError(f"{error}; {num_read[name]:,} texts had come: run again") from error
+
+
+def missing_column_error(name: str, text_field: str, columns: Iterable[str]) -> InputError:
+    """Returns the error that names the columns of a dataset without the text field."""
+    have = ", ".join(columns)
+    return InputError(f"data.text_field = {text_field}: {name} has no such text ({have})")
+
+
+def fetch_hub_file(
+    repo: str, name: str, field: str = "data.tokenizer", hint: str = DATA_HINT
+) -> Path:
+    """Returns the path of a file of a model on the hub, from the clients' cache if it is there and
+    intact.
+
+    Args:
+        repo: The model.
+        name: The file.
+        field: What it is for, with which an error begins.
+        hint: What to try if it does not come, with which an error ends.
+
+    Raises:
+        NotOnHub: if there is no such model or file.
+        HubUnreachable: if the hub does not deliver it.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    revision = HUB_REVISIONS.get(repo)
+    subject = f"{field}: {name} of {repo}"
+    with explain_hub_errors(subject):
+        cached = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
+    damaged = isinstance(cached, str) and not is_intact(Path(cached))
+    if isinstance(cached, str) and not damaged:
+        return Path(cached)
+    if damaged:
+        subject = f"{cached} is damaged (delete it); {subject}"
+    constants.HF_HUB_DISABLE_XET = True  # what comes through it cannot be seen
+    with explain_hub_errors(subject, hint):
+        check_hub_answers()
+        if damaged and constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        path = call_with_timeout(
+            lambda: huggingface_hub.hf_hub_download(
+                repo, name, revision=revision, force_download=damaged
+            )
+        )
+    return Path(path)
+
+
+def remove_damaged_cards(name: str) -> None:
+    """Removes what a dataset says about itself from the clients' cache if it is damaged; they would
+    read it from there for ever."""
+    import huggingface_hub
+
+    for card in ("README.md", "dataset_infos.json"):
+        cached = huggingface_hub.try_to_load_from_cache(
+            name, card, revision=HUB_REVISIONS.get(name), repo_type="dataset"
+        )
+        if isinstance(cached, str) and not is_intact(Path(cached)):
+            Path(cached).resolve().unlink()
+            Path(cached).unlink()
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a file of the clients' cache has the hash that it is named after, git's or another.
+    It is taken to be intact where its name is no hash."""
+    if not path.is_symlink():
+        return True
+    name, git_header = Path(os.readlink(path)).name, b"blob %d\0" % path.stat().st_size
+    algorithms = {32: ["md5"], 40: ["sha1", lambda: hashlib.sha1(git_header)], 64: ["sha256"]}
+    hashes = [hash_file(path, algorithm) for algorithm in algorithms.get(len(name), [])]
+    return not hashes or name in hashes
+
+
+def hash_file(path: Path, algorithm: str | Callable = "sha256") -> str:
+    """Returns the hexadecimal hash of a file's content. `algorithm` is a name that hashlib knows,
+    or a function that makes a hash."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@contextmanager
+def explain_hub_errors(subject: str, hint: str = DATA_HINT) -> Iterator[None]:
+    """Turns what the clients raise into one line: what could not be had, why, and what to try."""
+    from huggingface_hub import errors
+
+    http_error = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of its own client
+    for library in ("datasets", "huggingface_hub"):  # they tell of every try
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        yield
+    except InputError:
+        raise
+    except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
+        raise NotOnHub(f"{subject}: not on the hub, or not for you") from error
+    except (OSError, http_error) as error:
+        raise HubUnreachable(
+            f"{subject} cannot be fetched ({first_line(error)}); {hint}"
+        ) from error
+    except Exception as error:  # what is wrong with a file shows as any error
+        raise InputError(f"{subject} cannot be read ({first_line(error)})") from error
+
+
+def check_hub_answers() -> None:
+    """Raises OSError unless the hub answers. Its clients would go on trying for minutes."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    url = f"{constants.ENDPOINT}/api/models/{GPT2}"
+    try:
+        answer = call_with_timeout(lambda: huggingface_hub.get_session().get(url))
+    except Exception as error:  # whatever it is, there is no answer
+        raise OSError(f"{constants.ENDPOINT}: {first_line(error)}") from error
+    if answer.status_code >= 500:
+        raise OSError(f"{constants.ENDPOINT}: it answers {answer.status_code}")
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or the error's class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

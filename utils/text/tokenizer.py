@@ -1,0 +1,161 @@
+"""Which tokenizer a run uses: one in a folder, one from the hub, or one learned on its own text."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from config import DataConfig, InputError, require
+from utils.runtime import hub
+from utils.text.sources import SEPARATOR
+
+LEARNED_VOCAB_SIZE = 2048
+LEARN_CHARS = 1 << 22
+"""Characters to learn a vocabulary from; that of more text is much the same."""
+TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def resolve_tokenizer_name(config: DataConfig) -> str:
+    """Returns `learned`, or the folder or name on the hub that `data.tokenizer` stands for."""
+    if config.tokenizer == "auto":
+        return "learned" if config.source == "builtin" else hub.GPT2
+    return hub.GPT2 if config.tokenizer == "gpt2" else config.tokenizer
+
+
+def tokenizer_identity(name: str, vocab_size: int) -> list:
+    """Returns plain values that are the same as long as the tokenizer is. Asks no hub.
+
+    Raises:
+        InputError: for a folder that holds no tokenizer or cannot be read.
+    """
+    if name == "learned":
+        return ["learned", vocab_size or LEARNED_VOCAB_SIZE]
+    try:
+        if not is_local_path(name):
+            return ["hub", name, hub.HUB_REVISIONS.get(name)]
+        vocabulary = find_vocabulary(name)
+        settings = vocabulary.with_name(TOKENIZER_CONFIG)
+        hashes = [hub.hash_file(path) for path in (vocabulary, settings) if path.is_file()]
+        return ["folder", *hashes]
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
+        raise InputError(f"data.tokenizer = {name}: cannot be read ({error})") from error
+
+
+def is_local_path(name: str) -> bool:
+    """Whether `name` is a folder that exists, or could not be a name on the hub."""
+    path = Path(name).expanduser()
+    return path.is_dir() or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+
+
+def load_tokenizer(
+    name: str, vocab_size: int, text: Callable[[], Iterator[str]]
+) -> tuple[Tokenizer, int]:
+    """Loads or learns a tokenizer.
+
+    Args:
+        name: `learned`, a folder, or a name on the hub.
+        vocab_size: How many tokens to learn; 0 takes LEARNED_VOCAB_SIZE.
+        text: Reads the text to learn from.
+
+    Returns:
+        The tokenizer and the id of its end-of-text token.
+
+    Raises:
+        InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
+        HubUnreachable: if the hub does not deliver it.
+    """
+    if name == "learned":
+        tokenizer = learn_tokenizer(text(), vocab_size or LEARNED_VOCAB_SIZE)
+        return tokenizer, 0  # special tokens come first
+    path = find_vocabulary(name)
+    with explain_tokenizer_damage(name, path):
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, find_eos_id(name, tokenizer)
+
+
+def find_vocabulary(name: str) -> Path:
+    """Returns the path of a tokenizer's tokenizer.json. Raises InputError for a folder without."""
+    path = find_tokenizer_file(name, TOKENIZER_JSON)
+    require(path.is_file(), f"data.tokenizer = {name}: no such folder with a {TOKENIZER_JSON}")
+    return path
+
+
+def find_tokenizer_file(name: str, file_name: str) -> Path:
+    """Returns where a file of a tokenizer lies; in a folder it need not be there."""
+    if is_local_path(name):
+        return Path(name).expanduser() / file_name
+    return hub.fetch_hub_file(name, file_name)
+
+
+@contextmanager
+def explain_tokenizer_damage(name: str, path: Path) -> Iterator[None]:
+    """Raises InputError, naming the file, where it cannot be read."""
+    try:
+        yield
+    except Exception as error:  # the library raises nothing more particular
+        reason = f"data.tokenizer = {name}: {path} is damaged ({hub.first_line(error)})"
+        raise InputError(f"{reason}; put a whole one in its place, or delete it") from error
+
+
+def find_eos_id(name: str, tokenizer: Tokenizer) -> int:
+    """Returns the id of the token that ends a text: GPT-2's, else the one that the tokenizer's own
+    settings name, else Llama's. Raises InputError if there is none."""
+    if (eos_id := tokenizer.token_to_id(SEPARATOR)) is not None:
+        return eos_id
+    configured = read_tokenizer_config(name).get("eos_token")
+    if isinstance(configured, dict):
+        configured = configured.get("content")
+    for token in (configured, "</s>", "<|end_of_text|>"):
+        if isinstance(token, str) and (eos_id := tokenizer.token_to_id(token)) is not None:
+            return eos_id
+    raise InputError(f"data.tokenizer = {name} has no token that ends a text, like {SEPARATOR}")
+
+
+def read_tokenizer_config(name: str) -> dict:
+    """Returns the content of a tokenizer's tokenizer_config.json; empty if it has none."""
+    try:
+        path = find_tokenizer_file(name, TOKENIZER_CONFIG)
+    except hub.NotOnHub:
+        return {}
+    if not path.exists():
+        return {}
+    with explain_tokenizer_damage(name, path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def learn_tokenizer(text: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE learned on the first LEARN_CHARS characters of a text.
+
+    It has `vocab_size` tokens, or fewer if the text is short; the end-of-text token has id 0.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(take_chars(text, LEARN_CHARS), trainer)
+    return tokenizer
+
+
+def take_chars(text: Iterator[str], length: int) -> Iterator[str]:
+    """Yields the first `length` characters of a text."""
+    for part in text:
+        yield part[:length]
+        length -= len(part)
+        if length <= 0:
+            return
+
+
+def embedding_rows(tokenizer: Tokenizer) -> int:
+    """Returns the rows that a token embedding needs. A vocabulary may have holes, so that is the
+    highest id plus one."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

@@ -1,0 +1,232 @@
+"""A run from its checks to its end: what all phases share, and the order in which it is set up."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Run
+from transfer import TrainState
+from utils.checkpoint.resume import (
+    ResumeCheckpointer,
+    RunFingerprint,
+    TrainingProgress,
+    remove_resume_points,
+    resume_or_clear,
+    run_fingerprint,
+)
+from utils.checkpoint.run_dir import (
+    check_disk,
+    check_run_dir,
+    explain_how_to_resume,
+    lock_run_dir,
+    software_versions,
+)
+from utils.data import Corpus, check_corpus_length, first_windows, prepare_corpus
+from utils.metrics.console import run_header, run_summary
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history
+from utils.metrics.tracker import start_tracker
+from utils.optim.adamw import place_state
+from utils.plot.figure import plot
+from utils.plot.live import LivePlot
+from utils.runtime.atomic_io import is_newer, remove_partial_files
+from utils.runtime.best_effort import BestEffort
+from utils.runtime.cpu import reuse_memory_and_kernels
+from utils.runtime.device import choose_device, device_name, reset_peak_memory, training_dtype
+from utils.schedule.memory import check_memory
+from utils.schedule.phases import (
+    ResolvedPhase,
+    check_step_options,
+    flops_per_token,
+    resolve_phases,
+)
+from utils.training.init_from import InitSource
+
+
+class RunSetup(NamedTuple):
+    """A run that has been checked and whose tokens are on disk, before it writes anything."""
+
+    run: Run
+    """The run, with its vocabulary known."""
+    phases: list[ResolvedPhase]
+    corpus: Corpus
+    device: torch.device
+    init_source: InitSource
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the checkpoints that the run will write."""
+        return [name for phase in self.phases for name in phase.checkpoint_files]
+
+    def fingerprint(self) -> RunFingerprint:
+        """Returns what a resumption must have in common with this run."""
+        corpus, source = self.corpus.fingerprint, self.init_source.fingerprint
+        return run_fingerprint(self.run, corpus, self.device, source)
+
+
+@dataclass
+class RunContext:
+    """What all phases of a run share."""
+
+    run: Run
+    phases: list[ResolvedPhase]
+    corpus: Corpus
+    device: torch.device
+    dtype: torch.dtype
+    """The dtype of the training step's matrix products."""
+    probe: Tensor
+    """The frozen windows (B, T + 1) that judge each growth."""
+    valid: Tensor
+    """Validation windows (N, T + 1)."""
+    history: History
+    checkpointer: ResumeCheckpointer | None
+    """Keeps points to resume from; None keeps none."""
+    live_plot: LivePlot
+    init_source: InitSource
+    resume_point: tuple[TrainingProgress, TrainState] | None = None
+    phase_started_s: float = 0.0
+    """Seconds that the run had taken when the current phase began."""
+
+    @classmethod
+    def from_setup(
+        cls,
+        setup: RunSetup,
+        history: History,
+        checkpointer: ResumeCheckpointer | None = None,
+        resume_point: tuple[TrainingProgress, TrainState] | None = None,
+    ) -> "RunContext":
+        """Returns the context of a run whose folder is held and whose history is open."""
+        run, device = setup.run, setup.device
+        length, training, valid = run.model.seq_len, run.training, setup.corpus.valid
+        return cls(
+            run=run,
+            phases=setup.phases,
+            corpus=setup.corpus,
+            device=device,
+            dtype=training_dtype(run.precision, device),
+            probe=first_windows(valid, length, training.probe_sequences * (length + 1)).to(device),
+            valid=first_windows(valid, length, training.eval_tokens).to(device),
+            history=history,
+            checkpointer=checkpointer,
+            live_plot=LivePlot(run.out),
+            init_source=setup.init_source,
+            resume_point=resume_point,
+        )
+
+    def start(self) -> tuple[TrainState, TrainingProgress]:
+        """Returns the state and the moment from which the run goes on: those of its last resume
+        point, or the initial ones, which it records."""
+        if self.resume_point is None:
+            self.record_start()
+            state = self.init_source.initial_state(self.run.model)
+            progress = TrainingProgress.start_of(phase=0)
+        else:
+            progress, state = self.resume_point
+            self.resume_point = None  # so that the state can be freed
+        return place_state(state, self.run.training, self.device), progress
+
+    def phases_from(self, progress: TrainingProgress) -> Iterator[ResolvedPhase]:
+        """Yields the phases that are left; the first of them may have begun."""
+        for phase in self.phases[max(progress.phase - 1, 0) :]:
+            inside = progress.is_inside(phase)
+            self.begin_phase(progress.phase_started_s if inside else self.history.now())
+            yield phase
+
+    def begin_phase(self, started_s: float) -> None:
+        """Notes the time at which a phase began, and measures its peak memory from here."""
+        self.phase_started_s = started_s
+        reset_peak_memory(self.device)
+
+    def record(self, phase: ResolvedPhase, event: str, **values: object) -> None:
+        """Writes a line about a phase into the history."""
+        self.history(event, phase=phase.number, phase_name=phase.name, **values)
+
+    def record_start(self) -> None:
+        """Writes the history's first line: all that it takes to run this again."""
+        run, corpus, phases = self.run, self.corpus, self.phases
+        self.history(
+            "run",
+            config=asdict(run),
+            seed=run.seed,
+            corpus=corpus.name,
+            fallback=corpus.is_fallback,
+            fingerprint=corpus.fingerprint,
+            init_fingerprint=self.init_source.fingerprint or None,
+            train_tokens=len(corpus.train),
+            valid_tokens=len(corpus.valid),
+            device=device_name(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            phases=[phase.name for phase in phases],
+            params=[phase.config.num_params for phase in phases],
+            active_params=[phase.config.num_active_params for phase in phases],
+            flops_per_token=[flops_per_token(phase.config) for phase in phases],
+            **software_versions(),
+        )
+
+
+def prepare_run(run: Run) -> RunSetup:
+    """Checks a run, makes its tokens, and prints what it will do. Nothing is written into its
+    folder.
+
+    Raises:
+        InputError: naming the field, for anything that the run cannot be.
+    """
+    device = choose_device(run.device)
+    reuse_memory_and_kernels()
+    init_source = InitSource.from_run(run)
+    run = init_source.run
+    phases = resolve_phases(run)  # every phase is checked before any work
+    check_step_options(run, phases, device)
+    if not run.dry_run:
+        check_run_dir(run, [name for phase in phases for name in phase.checkpoint_files])
+    corpus = prepare_corpus(run.data, run.model.vocab_size, tqdm.write)
+    check_corpus_length(corpus, run.model.seq_len)
+    vocab_size = run.model.vocab_size or corpus.vocab_size
+    run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+    phases = resolve_phases(run)
+    print(run_header(run, phases, corpus, device))
+    check_memory(phases, run, device)
+    check_disk(run.out, phases)
+    return RunSetup(run, phases, corpus, device, init_source)
+
+
+@contextmanager
+def open_run(setup: RunSetup) -> Iterator[RunContext]:
+    """Holds the run's folder, opens its history and its last resume point, and records its end.
+    Whatever stops the run says how to go on.
+
+    Raises:
+        InputError: if the folder cannot be written, or the run is to be resumed and cannot be.
+    """
+    run = setup.run
+    with lock_run_dir(run.out), explain_how_to_resume(run.out):
+        fingerprint = setup.fingerprint()
+        point = resume_or_clear(run, setup.files, fingerprint)
+        kept = point[0] if point else None
+        length = kept.history_bytes if kept else None
+        track = start_tracker(run.tracker, run.out)
+        with History(run.out / HISTORY_FILE, length=length, also=track) as history:
+            checkpointer = ResumeCheckpointer(run, fingerprint, history, kept)
+            context = RunContext.from_setup(setup, history, checkpointer, point)
+            del point  # so that the loaded state can be freed
+            yield context
+            last = setup.phases[-1]
+            history("end", tokens=last.tokens_at(last.steps))
+
+
+def finish_run(run: Run) -> None:
+    """Draws a finished run's curves, removes what only a resumption needs, and prints a summary."""
+    history, picture = run.out / HISTORY_FILE, run.out / PLOT_FILE
+    draw = BestEffort(f"drawing {picture}", plot, print)
+    with lock_run_dir(run.out), explain_how_to_resume(run.out):
+        if not is_newer(picture, history):
+            draw([run.out])
+        remove_partial_files(run.out)
+        remove_resume_points(run.out)
+    print(f"\n{run_summary(read_history(history))}")
+    if not draw.has_failed:
+        print(f"\ncurves: {picture}")

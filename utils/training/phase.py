@@ -1,0 +1,156 @@
+"""The three parts of a phase: growing the model into it, training it, and saving the result."""
+
+from tqdm import tqdm
+
+from transfer import GrowthError, TrainState, grow
+from utils.checkpoint.model import Checkpoint, save_checkpoint
+from utils.checkpoint.resume import TrainingProgress
+from utils.generate import Sampling, write_stories
+from utils.hf.pretrained import model_title
+from utils.metrics.console import growth_line
+from utils.metrics.history import last_metrics, read_history
+from utils.optim.adamw import build_optimizer, place_state
+from utils.runtime.errors import RunStopped
+from utils.runtime.signals import Stopped, defer_signals
+from utils.schedule.lr import lr_at
+from utils.schedule.memory import explain_out_of_memory
+from utils.schedule.phases import ResolvedPhase
+from utils.training.context import RunContext
+from utils.training.evaluate import evaluate_fp32
+from utils.training.reporter import PhaseReporter
+from utils.training.step import batches, make_train_step
+
+PROMPTS = ("Once upon a time", "One day", "It was a")
+
+
+def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext) -> TrainState:
+    """Grows the model of the phase before into this phase's, and checks its function on the probe.
+    `state` is consumed.
+
+    Raises:
+        RunStopped: if the function moved further than the growth allows.
+    """
+    growth, training = phase.growth, context.run.training
+    assert growth is not None, f"{phase} does not grow"
+    with explain_out_of_memory(phase, training.micro_batch_size):
+        if training.optimizer_state_on_growth != "carry":
+            state.adam.clear()  # in place, so that nobody holds on to it
+        before, old_params = evaluate_fp32(state.model(), context), state.config.num_params
+        started, error = context.history.now(), None
+        try:
+            seed = context.run.seed + phase.number
+            state, drift = grow(state, growth, context.probe, seed, consume=True)
+        except GrowthError as exceeded:
+            error, drift = exceeded, exceeded.drift
+    context.record(
+        phase,
+        "grow",
+        growth=type(growth).__name__,
+        passed=error is None,
+        tokens=phase.first_token,
+        params_before=old_params,
+        params_after=phase.config.num_params,
+        growth_s=context.history.now() - started,
+        valid_loss_fp32=before,
+        **drift.to_json(),
+    )
+    if error is not None:
+        raise RunStopped(f"{phase}: {error}") from error
+    tqdm.write(growth_line(phase, growth, drift))
+    if phase.init_checkpoint:
+        save_model(state, phase, context, phase.init_checkpoint, trained=False)
+        context.record(phase, "checkpoint", path=phase.init_checkpoint, trained=False)
+    return state
+
+
+def train_phase(
+    state: TrainState, phase: ResolvedPhase, context: RunContext, progress: TrainingProgress
+) -> TrainState:
+    """Trains a phase, from `progress` if that lies inside it, and returns the state it ends in."""
+    training = context.run.training
+    if not progress.is_inside(phase):
+        started = context.phase_started_s
+        progress = TrainingProgress.start_of(phase.number, context.history.size(), started)
+    with explain_out_of_memory(phase, training.micro_batch_size):
+        optimizer = build_optimizer(state, training, context.dtype, phase.growth_history)
+        step = make_train_step(optimizer, training, context.dtype, phase.steps - progress.step)
+        reporter = PhaseReporter(phase, context, progress)
+        stream = batches(
+            context.corpus.train, phase, context.run.seed, context.device, progress.step
+        )
+        checkpointer = context.checkpointer
+
+        def keep_point(progress: TrainingProgress) -> None:
+            reporter.metrics.check(reporter.where)
+            if checkpointer is not None:
+                with reporter.metrics.paused():
+                    checkpointer.keep(progress, optimizer.snapshot())
+
+        with reporter.bar:
+            try:
+                while True:
+                    if checkpointer and checkpointer.is_due(progress.step, phase.steps):
+                        keep_point(progress)
+                    reporter.report(optimizer)
+                    if progress.step == phase.steps:
+                        break
+                    tokens = next(stream)
+                    optimizer.set_lr(lr_at(progress.step, phase, training))
+                    with defer_signals():  # a signal finds the step done or not begun
+                        reporter.add_step(step(tokens))
+                        progress = reporter.advance(progress)
+            except Stopped:
+                keep_point(progress)
+                raise
+        del step  # and with it what a captured step holds
+        # A signal from here on finds the phase's end kept.
+        return place_state(optimizer.into_train_state(), training, context.device)
+
+
+def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> None:
+    """Writes a trained phase's checkpoint and sample stories, and records them."""
+    with explain_out_of_memory(phase, context.run.training.micro_batch_size):
+        samples = sample_stories(state, context)
+        save_model(state, phase, context, phase.checkpoint, trained=True)
+    context.record(
+        phase,
+        "checkpoint",
+        path=phase.checkpoint,
+        trained=True,
+        params=phase.config.num_params,
+        active_params=phase.config.num_active_params,
+        phase_tokens=phase.tokens,
+        phase_s=context.history.now() - context.phase_started_s,
+        samples=samples,
+        **last_metrics(read_history(context.history.path), phase.number),
+    )
+    tqdm.write("\n".join(f"  > {' '.join(text.split())}" for text in samples))
+
+
+def sample_stories(state: TrainState, context: RunContext) -> list[str]:
+    """Returns a story for each of PROMPTS, drawn with the run's seed. The model computes in its
+    weights' own precision: casting them for every token would take longer than the products."""
+    length, corpus = context.run.training.sample_tokens, context.corpus
+    prompts, sampling = PROMPTS if length else (), Sampling(seed=context.run.seed)
+    return write_stories(state.model(), corpus.tokenizer, corpus.eos_id, prompts, length, sampling)
+
+
+def save_model(
+    state: TrainState, phase: ResolvedPhase, context: RunContext, name: str, trained: bool
+) -> None:
+    """Writes a checkpoint of a phase's model, before or after its training, into the run's
+    folder."""
+    checkpoint = Checkpoint(
+        config=state.config,
+        weights=state.weights,
+        tokenizer=context.corpus.tokenizer.to_str(),
+        eos_id=context.corpus.eos_id,
+        growth_history=phase.growth_history,
+        probe=context.probe,
+        phase_name=phase.name,
+        tokens=phase.first_token + phase.tokens * trained,
+        seed=context.run.seed,
+        load_balance_coef=context.run.training.load_balance_coef,
+        init_from=model_title(context.run.init_from),
+    )
+    save_checkpoint(context.run.out / name, checkpoint)

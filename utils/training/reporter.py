@@ -1,0 +1,108 @@
+"""What a phase says of itself while it trains: lines in the history, evaluations, a progress
+bar."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.layerwise import layerwise_model
+from utils.checkpoint.resume import TrainingProgress
+from utils.metrics.console import progress_line, underused_line
+from utils.metrics.diagnostics import copied_matrices, underused_experts, weight_stats
+from utils.metrics.history import loss_above_growth, read_history
+from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
+from utils.optim.adamw import Optimizer
+from utils.schedule.lr import lr_at
+from utils.schedule.phases import ResolvedPhase
+from utils.training.context import RunContext
+from utils.training.evaluate import evaluate, evaluate_fp32
+
+SETTLING_STEPS = (0, 10, 50, 200)
+"""Steps after a growth at which the loss is also taken in float32."""
+
+
+class PhaseReporter:
+    """Reports on the phase that goes on from `progress`."""
+
+    def __init__(self, phase: ResolvedPhase, context: RunContext, progress: TrainingProgress):
+        self.phase, self.context, self.step = phase, context, progress.step
+        self.metrics = MetricAccumulator(context.device, phase.tokens_per_step, progress.metrics)
+        is_first = (phase.number, self.step) == (1, 0)
+        self.eta = EtaEstimator(context.phases, context.device) if is_first else None
+        events = read_history(context.history.path)
+        self.events = [event for event in events if event.get("phase") == phase.number]
+        self.copied = copied_matrices(context.run.model, phase.growth_history)
+        self.last: dict[str, float] = {}
+        """The last metrics and validation loss."""
+        self.bar = tqdm(
+            total=phase.steps, initial=self.step, desc=str(phase), unit="step", disable=None
+        )
+
+    @property
+    def where(self) -> str:
+        """The moment, as error messages name it."""
+        return f"{self.phase}, step {self.step}"
+
+    def add_step(self, metrics: Tensor) -> None:
+        """Counts one more step and its STEP_METRICS, without waiting for the device."""
+        self.metrics.add(metrics)
+        self.step += 1
+
+    def advance(self, progress: TrainingProgress) -> TrainingProgress:
+        """Returns the current moment, given an earlier one of the same phase."""
+        length = self.context.history.size()
+        return progress._replace(step=self.step, metrics=self.metrics.state(), history_bytes=length)
+
+    def report(self, optimizer: Optimizer) -> None:
+        """Logs and evaluates what is due after this step."""
+        self.bar.update(self.step - self.bar.n)
+        training, is_end = self.context.run.training, self.step == self.phase.steps
+        if self.eta and (line := self.eta.line_after(self.step)):
+            tqdm.write(line)
+        if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
+            self.log()
+        if self.step % training.eval_every == 0 or is_end or self.is_settling:
+            with self.metrics.paused():
+                self.evaluate(optimizer)
+                self.context.live_plot.update()
+
+    def log(self) -> None:
+        """Writes a `step` line."""
+        measured = self.metrics.read(self.where)
+        lr = lr_at(self.step - 1, self.phase, self.context.run.training)
+        self.record("step", lr=lr, **measured)
+        self.last |= measured
+        self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
+
+    @property
+    def is_settling(self) -> bool:
+        """Whether the loss after the phase's growth is to be taken in float32 now."""
+        return self.phase.growth is not None and self.step in SETTLING_STEPS
+
+    def evaluate(self, optimizer: Optimizer) -> None:
+        """Writes an `eval` line, and says on the terminal how the phase goes."""
+        context, phase = self.context, self.phase
+        loss, values = evaluate(optimizer.model, context, context.dtype)
+        check_finite({"valid_loss": loss}, self.where)
+        self.last["valid_loss"] = loss
+        weights = optimizer.weights()
+        if self.is_settling:
+            values["valid_loss_fp32"] = (
+                loss
+                if context.dtype == torch.float32
+                else evaluate_fp32(layerwise_model(phase.config, weights), context)
+            )
+        event = {"event": "eval", "phase": phase.number, "valid_loss": loss}
+        self.events.append(event | values)
+        if above := loss_above_growth(self.events, phase.number):
+            _, values["above_growth"] = above[-1]
+        values |= weight_stats(self.copied, weights)
+        self.record("eval", valid_loss=loss, **values)
+        tqdm.write(progress_line(phase, self.step, self.last, values.get("above_growth")))
+        if underused := underused_experts(values.get("expert_load", [])):
+            tqdm.write(underused_line(underused))
+
+    def record(self, event: str, **values: object) -> None:
+        """Writes a line about this moment into the history."""
+        tokens = self.phase.tokens_at(self.step)
+        self.context.record(self.phase, event, step=self.step, tokens=tokens, **values)
