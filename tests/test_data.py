@@ -1,6 +1,7 @@
 """Corpus -> tokens -> batches."""
 
 import gzip
+import os
 import sys
 from pathlib import Path
 
@@ -9,51 +10,75 @@ import pytest
 import torch
 
 from config import DataConfig, InputError, tiny
-from train import batches
-from utils import sources, stories, tokens
-from utils.data import Corpus, batch, check_length, prepare, windows
-from utils.schedule import stages
-
-SEPARATOR = "<|endoftext|>"
+from utils import data
+from utils.data import Corpus, check_corpus_length, first_windows, get_batch, prepare_corpus
+from utils.schedule.phases import resolve_phases
+from utils.text.builtin.stories import builtin_stories
+from utils.text.sources import SEPARATOR
+from utils.text.tokenizer import learn_tokenizer
+from utils.training.step import batches
 
 
 @pytest.fixture
-def get(tmp_path):
-    """A corpus whose tokens are kept under tmp_path."""
+def prepare(tmp_path):
+    """Prepares a corpus whose tokens are cached under tmp_path."""
 
-    def get(source="builtin", vocab_size=400, tokenizer="learned", **config) -> Corpus:
+    def prepare(source="builtin", vocab_size=400, tokenizer="learned", **config) -> Corpus:
         config = {"num_stories": 60, "cache": tmp_path / "cache"} | config
-        return prepare(DataConfig(str(source), tokenizer, **config), vocab_size)
+        return prepare_corpus(DataConfig(str(source), tokenizer, **config), vocab_size)
 
-    return get
+    return prepare
 
 
-def told(corpus: Corpus, split: str) -> list[str]:
+def stories_of(corpus: Corpus, split: str) -> list[str]:
     text = corpus.tokenizer.decode(getattr(corpus, split), skip_special_tokens=False)
-    *whole, rest = text.split(SEPARATOR)
+    *stories, rest = text.split(SEPARATOR)
     assert not rest, "an end of text closes every story"
-    return whole
+    return stories
 
 
-def test_tokens_decode_to_the_stories_and_every_kth_is_held_out(get):
-    corpus = get(holdout=0.1)
-    texts = list(stories.stories(60))
-    assert told(corpus, "valid") == texts[9::10]
-    assert told(corpus, "train") == [text for i, text in enumerate(texts) if i % 10 != 9]
+def test_tokens_decode_to_the_stories_and_every_kth_is_validation_text(prepare):
+    corpus = prepare(valid_fraction=0.1)
+    texts = list(builtin_stories(60))
+    assert stories_of(corpus, "valid") == texts[9::10]
+    assert stories_of(corpus, "train") == [text for i, text in enumerate(texts) if i % 10 != 9]
     assert corpus.train.dtype == np.uint16 and corpus.vocab_size <= 400
-    assert not corpus.fallback and corpus.name == "builtin"
+    assert not corpus.is_fallback and corpus.name == "builtin"
 
 
-def test_a_second_start_reads_no_text(get, monkeypatch):
-    first = get()
-    monkeypatch.setattr(tokens, "write", None)
-    second = get()
+def test_a_second_start_reads_no_text(prepare, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(SEPARATOR.join(builtin_stories(30)))
+    first, stat = prepare(file), file.stat()
+    file.write_bytes(bytes(stat.st_size))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # to all appearances unchanged
+    second = prepare(file)
     assert second.fingerprint == first.fingerprint
     assert np.array_equal(second.train, first.train)
 
 
-def test_a_path_gives_the_stories_of_its_files(get, tmp_path):
-    text = list(stories.stories(50))
+def test_a_changed_file_is_read_again(prepare, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(SEPARATOR.join(builtin_stories(30)))
+    before = prepare(file)
+    file.write_text(SEPARATOR.join(builtin_stories(30, seed=1)))
+    assert prepare(file).fingerprint != before.fingerprint
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monkeypatch):
+    def write_and_change(*args):
+        write_tokens(*args)
+        file.write_text("other")
+
+    file, write_tokens = tmp_path / "a.txt", data.write_tokens
+    file.write_text(SEPARATOR.join(builtin_stories(30)))
+    monkeypatch.setattr(data, "write_tokens", write_and_change)
+    with pytest.raises(InputError, match="changed while it was read"):
+        prepare(file)
+
+
+def test_a_path_gives_the_stories_of_its_files(prepare, tmp_path):
+    text = list(builtin_stories(50))
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "a.txt").write_text(f"\n{SEPARATOR}\n".join(text[:20]) + "\n")
@@ -62,123 +87,77 @@ def test_a_path_gives_the_stories_of_its_files(get, tmp_path):
     (folder / "valid.txt").write_text(SEPARATOR.join(text[40:]))
     (folder / "titles.json").write_text("{}")
 
-    whole = get(folder, num_stories=0)
-    assert (told(whole, "train"), told(whole, "valid")) == (text[:40], text[40:])
-    part = get(folder, num_stories=30, holdout=0.1)
-    assert (told(part, "train"), told(part, "valid")) == (text[:30], text[40:43])
+    whole = prepare(folder, num_stories=0)
+    assert (stories_of(whole, "train"), stories_of(whole, "valid")) == (text[:40], text[40:])
+    part = prepare(folder, num_stories=30, valid_fraction=0.1)
+    assert (stories_of(part, "train"), stories_of(part, "valid")) == (text[:30], text[40:43])
 
 
-def test_a_few_stories_are_held_out_by_their_text(get, tmp_path):
+def test_the_end_of_a_text_of_few_stories_is_validation_text(prepare, tmp_path):
     file = tmp_path / "book.txt"
-    text = "\n\n".join(stories.stories(30))
+    text = "\n\n".join(builtin_stories(30))
     file.write_text(text)
-    corpus = get(file, holdout=0.2)
-    (train,), (valid,) = told(corpus, "train"), told(corpus, "valid")
+    corpus = prepare(file, valid_fraction=0.2)
+    (train,), (valid,) = stories_of(corpus, "train"), stories_of(corpus, "valid")
     gap = text[len(train) : -len(valid)]
     assert text == train + gap + valid and gap.isspace()
     assert 0.1 < len(valid) / len(text) < 0.4
 
 
-def test_pieces_of_a_long_text_make_the_same_tokens_however_it_arrives(monkeypatch):
-    text = "\n\n".join(stories.stories(80))
-    monkeypatch.setattr(sources, "PIECE", 1000)
-    pieces = list(sources.cut([text]))
-    assert len(pieces) > 20 and [piece.ends for piece in pieces[-2:]] == [False, True]
-    assert "".join(piece.text for piece in pieces) == text
-    in_blocks = (text[i : i + 77] for i in range(0, len(text), 77))
-    assert list(sources.cut(in_blocks)) == pieces
-
-    tokenizer = tokens.learn(iter([text]), 400)
-    ids = [i for piece in pieces for i in tokenizer.encode(piece.text).ids]
-    assert ids == tokenizer.encode(text).ids
-
-
-def test_a_changed_file_is_read_again(get, tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text(SEPARATOR.join(stories.stories(30)))
-    before = get(file)
-    file.write_text(SEPARATOR.join(stories.stories(30, seed=1)))
-    assert get(file).fingerprint != before.fingerprint
-
-
-def test_a_tokenizer_from_a_folder_ends_stories_with_its_own_token(get, tmp_path):
-    tokenizer = tokens.learn(stories.stories(30), 300)
-    text = tokenizer.to_str().replace(SEPARATOR, "<end>")
-    (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
-    corpus = get(tokenizer=str(tmp_path))
-    assert corpus.tokenizer.id_to_token(corpus.eos) == "<end>"
-    assert corpus.train[-1] == corpus.valid[-1] == corpus.eos
+def test_a_tokenizer_must_fit_the_model(prepare, tmp_path):
+    learn_tokenizer(builtin_stories(30), 300).save(str(tmp_path / "tokenizer.json"))
+    corpus = prepare(tokenizer=str(tmp_path), vocab_size=300)
+    assert corpus.train[-1] == corpus.valid[-1] == corpus.eos_id
     with pytest.raises(InputError, match=r"data.tokenizer = .* 300 tokens.*model.vocab_size = 299"):
-        get(tokenizer=str(tmp_path), vocab_size=299)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"model": {"type": "BPE"}}'])
-def test_a_damaged_file_of_a_tokenizer_is_one_line(get, tmp_path, name, content):
-    text = tokens.learn(stories.stories(30), 300).to_str().replace(SEPARATOR, "<end>")
-    (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as raised:
-        get(tokenizer=str(tmp_path))
-    message = str(raised.value)
-    assert "data.tokenizer" in message and str(tmp_path) in message and "\n" not in message
-
-
-def test_a_text_that_changes_while_it_is_read_is_refused(get, tmp_path, monkeypatch):
-    file = tmp_path / "a.txt"
-    file.write_text(SEPARATOR.join(stories.stories(30)))
-    write = tokens.write
-    monkeypatch.setattr(tokens, "write", lambda *args: (write(*args), file.write_text("other")))
-    with pytest.raises(InputError, match="changed while it was read"):
-        get(file)
+        prepare(tokenizer=str(tmp_path), vocab_size=299)
 
 
 def test_auto_falls_back_loudly_where_datasets_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    said = []
-    corpus = prepare(DataConfig(num_stories=60, cache=tmp_path), 0, said.append)
-    assert corpus.fallback and corpus.name == "builtin"
-    assert "pip install datasets" in said[0] and "BUILT-IN" in said[1]
+    warnings = []
+    corpus = prepare_corpus(DataConfig(num_stories=60, cache=tmp_path), 0, warnings.append)
+    assert corpus.is_fallback and corpus.name == "builtin"
+    assert "pip install datasets" in warnings[0] and "BUILT-IN" in warnings[1]
 
 
 def test_a_batch_follows_from_seed_and_index_alone():
     text = np.arange(5000, dtype=np.uint16)
-    one = batch(text, seq_len=16, size=4, seed=3, index=7)
+    batch = get_batch(text, seq_len=16, size=4, seed=3, index=7)
     torch.manual_seed(99)
     np.random.seed(99)
-    assert torch.equal(one, batch(text, seq_len=16, size=4, seed=3, index=7))
-    assert one.shape == (4, 17) and one.dtype == torch.int64
-    assert torch.equal(one[:, 1:], one[:, :-1] + 1), "targets are the inputs, one further"
+    assert torch.equal(batch, get_batch(text, seq_len=16, size=4, seed=3, index=7))
+    assert batch.shape == (4, 17) and batch.dtype == torch.int64
+    assert torch.equal(batch[:, 1:], batch[:, :-1] + 1), "targets are the inputs, one further"
     for seed, index in ((3, 8), (4, 7), (7, 3), (0, 7)):
-        assert not torch.equal(one, batch(text, seq_len=16, size=4, seed=seed, index=index))
+        other = get_batch(text, seq_len=16, size=4, seed=seed, index=index)
+        assert not torch.equal(batch, other)
 
 
-def test_the_runs_seed_decides_its_batches(get):
-    corpus = get()
+def test_the_runs_seed_decides_its_batches(prepare):
+    def first_batch(seed):
+        phase = resolve_phases(tiny())[0]
+        return next(batches(corpus.train, phase, seed, torch.device("cpu")))
 
-    def first(seed):
-        stage = stages(tiny())[0]
-        return next(batches(corpus.train, stage, seed, torch.device("cpu")))
-
-    assert torch.equal(first(3), first(3)) and not torch.equal(first(3), first(4))
+    corpus = prepare()
+    assert torch.equal(first_batch(3), first_batch(3))
+    assert not torch.equal(first_batch(3), first_batch(4))
 
 
 def test_batches_reach_the_first_and_the_last_token():
-    drawn = batch(np.arange(20, dtype=np.uint16), seq_len=16, size=200, seed=0, index=0)
-    assert (drawn.min(), drawn.max()) == (0, 19)
+    batch = get_batch(np.arange(20, dtype=np.uint16), seq_len=16, size=200, seed=0, index=0)
+    assert (batch.min(), batch.max()) == (0, 19)
 
 
-def test_windows_lie_side_by_side_and_stay_within_the_limit():
+def test_the_first_windows_lie_side_by_side_and_stay_within_the_limit():
     text = np.arange(1000, dtype=np.uint16)
-    fixed = windows(text, seq_len=9, limit_tokens=255)
-    assert torch.equal(fixed.flatten(), torch.arange(250)) and fixed.shape == (25, 10)
-    assert windows(text, seq_len=9, limit_tokens=0).shape == (1, 10)
-    assert windows(text, seq_len=9, limit_tokens=10**6).shape == (100, 10)
+    windows = first_windows(text, seq_len=9, limit_tokens=255)
+    assert torch.equal(windows.flatten(), torch.arange(250)) and windows.shape == (25, 10)
+    assert first_windows(text, seq_len=9, limit_tokens=0).shape == (1, 10)
+    assert first_windows(text, seq_len=9, limit_tokens=10**6).shape == (100, 10)
 
 
 @pytest.mark.parametrize(
-    "name, content, says",
+    "name, content, reason",
     [
         ("gone.txt", None, "no such file or folder"),
         ("stroies.txt", None, "perhaps stories.txt"),
@@ -190,18 +169,18 @@ def test_windows_lie_side_by_side_and_stay_within_the_limit():
         ("false.txt.gz", b"text", "damaged gzip"),
     ],
 )
-def test_a_bad_file_is_one_line(get, tmp_path, name, content, says):
+def test_a_bad_file_is_one_line(prepare, tmp_path, name, content, reason):
     (tmp_path / "stories.txt").write_text("text")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=says) as raised:
-        get(tmp_path / name)
+    with pytest.raises(InputError, match=reason) as raised:
+        prepare(tmp_path / name)
     message = str(raised.value)
     assert name in message and "data.source" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
-    "config, says",
+    "config, reason",
     [
         ({"source": "hub:"}, "data.source = hub:"),
         ({"source": "x" * 5000}, "data.source = xxx"),
@@ -215,22 +194,16 @@ def test_a_bad_file_is_one_line(get, tmp_path, name, content, says):
         ({"vocab_size": 100}, "model.vocab_size = 100"),
     ],
 )
-def test_a_bad_setting_is_one_line(get, config, says):
-    with pytest.raises(InputError, match=says) as raised:
-        get(**config)
+def test_a_bad_setting_is_one_line(prepare, config, reason):
+    with pytest.raises(InputError, match=reason) as raised:
+        prepare(**config)
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_without_text_is_refused(get, tmp_path):
-    (tmp_path / "notes.md").write_text("text")
-    with pytest.raises(InputError, match=r"the folder holds no \.txt"):
-        get(tmp_path)
-
-
-def test_a_text_shorter_than_the_context_is_refused(get):
-    corpus = get()
-    check_length(corpus, 16)
+def test_a_text_shorter_than_the_context_is_refused(prepare):
+    corpus = prepare()
+    check_corpus_length(corpus, 16)
     with pytest.raises(InputError, match=r"training text has \d+ tokens.*model.seq_len = 100000"):
-        check_length(corpus, 100_000)
-    with pytest.raises(InputError, match="held-out text"):
-        check_length(corpus, len(corpus.valid))
+        check_corpus_length(corpus, 100_000)
+    with pytest.raises(InputError, match="validation text"):
+        check_corpus_length(corpus, len(corpus.valid))

@@ -1,0 +1,274 @@
+"""What the benchmark reports is complete, follows from its formulas, and is whole in its JSON
+file."""
+
+import gc
+import gzip
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers.models.llama.modeling_llama
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+
+from config import PRESETS, InputError, full, tiny
+from models import SLM
+from utils.benchmark.baselines import make_baseline_model
+from utils.benchmark.options import BenchmarkOptions
+from utils.benchmark.results import catch_out_of_memory, format_results
+from utils.benchmark.roofline import COMPONENTS, DeviceRates
+from utils.benchmark.startup import time_startup, time_tokenization
+from utils.benchmark.suite import run_benchmark
+from utils.benchmark.timing import time_in_turn
+from utils.runtime.cli import parse_flags, run_command
+from utils.schedule.phases import resolve_phases
+
+CPU = torch.device("cpu")
+H200 = DeviceRates(flops_per_s=790e12, bytes_per_s=4.3e12)
+TEXT = "Once upon a time there was a cat and a dog.\n<|endoftext|>\n"
+
+
+def atom():
+    """The tiny preset, smaller still."""
+    model = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=16)
+    sizes = {"batch_size": 2, "batch_size_phase3": 1, "batch_size_phase4": 1}
+    training = replace(tiny().training, **sizes, probe_sequences=1)
+    return replace(tiny(), model=model, training=training)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "atom", atom)
+        gc.freeze()  # transformers is large, and each measurement collects
+        yield
+        gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The JSON of one benchmark with every kind of measurement that needs no other process."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    text = folder / "text.txt"
+    text.write_text(TEXT * 500)
+    options = BenchmarkOptions(
+        preset="atom", batches=("default", 2), baselines=True, transitions=True, tokenize=text,
+        tokenizer="learned", device="cpu", precision="fp32", repeats=1, warm_up=1,
+        json=folder / "report.json",
+    )  # fmt: skip
+    run_benchmark(options)
+    return json.loads(options.json.read_text())
+
+
+def test_there_is_a_finite_row_for_each_phase_batch_and_model(report):
+    rows = [(row["phase"], row["batch"], row["model"]) for row in report["steps"]]
+    sizes = {1: [2], 2: [2], 3: [1, 2], 4: [1, 2]}
+    names = {1: "Llama", 2: "Mixtral", 3: "Mixtral", 4: "Mixtral"}
+    assert rows == [
+        (phase, size, model)
+        for phase in sizes
+        for size in sizes[phase]
+        for model in ("this project", f"{names[phase]} fp32", f"{names[phase]} bf16")
+    ]
+    for row in report["steps"]:
+        numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
+        memory = numbers.pop("peak_memory_gb")
+        assert memory is None and "error" not in row
+        assert all(math.isfinite(value) and value >= 0 for value in numbers.values())
+        assert math.isclose(row["tokens_per_s"] * row["ms"], 1e3 * row["batch"] * row["context"])
+        assert math.isclose(row["of_limit"], row["tokens_per_s"] / row["limit_tokens_per_s"])
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert ("ms_without_data" in row) == (row["model"] == "this project")
+
+
+def test_the_components_of_our_own_step_are_timed_beside_their_limits(report):
+    steps = [row for row in report["steps"] if row["model"] == "this project"]
+    for step, row in zip(steps, report["components"], strict=True):
+        assert [row[name] for name in ("phase", "batch")] == [step["phase"], step["batch"]]
+        for part in COMPONENTS:
+            assert math.isclose(row[f"{part}_share"], row[f"{part}_ms"] / step["ms"])
+            assert row[f"{part}_ms"] > 0 and row[f"{part}_limit_ms"] > 0
+
+
+def test_the_rates_of_the_machine_are_of_a_size_that_machines_have(report):
+    (rates,) = report["rates"]
+    assert 1e8 < rates["flops_per_s"] < 1e14 and 1e7 < rates["bytes_per_s"] < 1e12
+
+
+def test_the_limits_of_the_components_add_up_to_that_of_the_step():
+    """They do but for the gains of norms, whose products no component has."""
+    for changes in ({}, {"tie_embeddings": False}, {"position_embedding": "learned"}):
+        run = replace(full(), model=replace(full().model, **changes))
+        for phase in resolve_phases(run):
+            parts = H200.component_limits_s(phase.config, 2048)
+            limit = H200.step_limit_s(phase.config, 2048)
+            assert sum(parts.values()) == pytest.approx(limit, rel=1e-3)
+
+
+def test_the_limit_of_each_component_is_that_of_its_products_and_traffic():
+    """Phase 2 of the full preset at 8 x 256, worked out by hand."""
+    config, tokens = resolve_phases(full())[1].config, 2048
+    width, ffn, layers = 512, 1408, 12
+    products = {
+        "head": width * 50257,
+        "attention": layers * (4 * width**2 + width * 256),
+        "ffn": layers * (2 * 3 * width * ffn + 8 * width),
+    }
+    weights = {"head": width * 50257, "attention": layers * 4 * width**2}
+    weights["ffn"] = layers * (8 * 3 * width * ffn + 8 * width)
+    limits = H200.component_limits_s(config, tokens)
+    for part, count in products.items():
+        limit = 6 * count * tokens / 790e12 + 8 * weights[part] / 4.3e12
+        assert limits[part] == pytest.approx(limit)
+    rest = 38 * config.num_params - 8 * sum(weights.values())
+    assert limits["optimizer"] == pytest.approx(rest / 4.3e12)
+
+
+def test_the_limit_of_a_step_is_that_of_the_formula():
+    """Thousands of tokens per second that an H200 allows the full preset, worked out apart, with a
+    copy rate that was rounded."""
+    known = {8: (1300, 581, None, None), 2: (None, None, 56, None), 1: (None, None, None, 24)}
+    known[64] = (1890, 1230, 355, 293)
+    for batch, limits in known.items():
+        for phase, limit in zip(resolve_phases(full()), limits, strict=True):
+            tokens = batch * phase.config.seq_len
+            speed = tokens / H200.step_limit_s(phase.config, tokens) / 1e3
+            assert limit is None or speed == pytest.approx(limit, rel=0.05)
+
+
+def test_each_growth_is_timed_and_makes_weights_and_two_moments(report):
+    assert [row["name"] for row in report["transitions"]] == [
+        "dense -> moe", "moe -> wide", "wide -> deep",
+    ]  # fmt: skip
+    for row, phase in zip(report["transitions"], resolve_phases(atom())[1:], strict=True):
+        assert min(row["bare_s"], row["checked_s"], row["copy_s"]) > 0
+        # New parameters, those of routers and new blocks, come without moments.
+        assert 4e-9 < row["made_gb"] / phase.config.num_params <= 12.1e-9
+
+
+def test_tokens_are_made_at_some_speed_and_the_machine_is_named(report):
+    (row,) = report["tokenize"]
+    assert row["mb_per_s"] > 0 and row["open_s"] > 0 and row["tokens"] > 500
+    assert report["machine"]["device"] == "cpu" and report["machine"]["torch"]
+    assert report["options"]["preset"] == "atom"
+
+
+def test_a_baseline_has_as_many_parameters_as_ours_in_the_precision_that_is_asked_for():
+    for phase in resolve_phases(atom()):
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = list(make_baseline_model(phase.config, 0.01, dtype).parameters())
+            assert sum(weight.numel() for weight in weights) == phase.config.num_params
+            assert {weight.dtype for weight in weights} == {dtype}
+        ours = sum(weight.numel() for weight in SLM(phase.config).parameters())
+        assert ours == phase.config.num_params
+
+
+def test_the_text_in_a_compressed_file_is_what_counts(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress(TEXT.encode() * 2000))
+    assert time_tokenization(path, "learned")["mb"] == pytest.approx(len(TEXT) * 2000 / 1e6)
+
+
+def test_works_are_run_in_turn_and_the_warm_up_does_not_count():
+    calls = []
+    works = [lambda: calls.append("a"), lambda: calls.append("b")]
+    seconds = time_in_turn(works, CPU, repeats=2, warm_up=1)
+    assert [len(each) for each in seconds] == [2, 2]
+    assert calls == ["a", "b"] * 3
+
+
+def test_columns_that_no_row_has_are_left_out_of_a_table():
+    rows = {"startup": [{"preset": "tiny"}], "tokenize": [{"file": "a", "mb": 1.0}, {"file": "b"}]}
+    assert format_results(rows) == "tokenize   MB\na         1.0\nb           -\n\nstartup\ntiny   "
+
+
+def run_out_on_the_cpu():
+    torch.empty(1 << 60)
+
+
+def run_out_on_the_gpu():
+    raise torch.OutOfMemoryError("no")
+
+
+@pytest.mark.parametrize("run_out", [run_out_on_the_cpu, run_out_on_the_gpu])
+def test_a_row_says_where_memory_ran_out(run_out):
+    row = {}
+    with catch_out_of_memory(row):
+        run_out()
+    assert row == {"error": "out of memory"}
+
+
+def test_another_error_than_that_of_memory_is_not_taken_for_it():
+    with pytest.raises(RuntimeError, match="size of tensor"), catch_out_of_memory({}):
+        torch.ones(2) + torch.ones(3)
+
+
+def huge():
+    """The atom preset, with a second phase that no machine has the memory for."""
+    training = replace(
+        atom().training, upcycle=replace(atom().training.upcycle, num_experts=1 << 40)
+    )
+    return replace(atom(), training=training)
+
+
+def test_what_needs_too_much_memory_says_so_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "huge", huge)
+    out = tmp_path / "report.json"
+    run_benchmark(
+        BenchmarkOptions(
+            "huge", (1, 2, 3), (1,), transitions=True, device="cpu", repeats=1, json=out
+        )
+    )
+    report = json.loads(out.read_text())
+    assert [row.get("error") for row in report["steps"]] == [None, *2 * ["out of memory"]]
+    assert [row.get("error") for row in report["transitions"]] == 2 * ["out of memory"]
+    assert len(report["components"]) == 1
+    lines, _, steps, components, _ = capsys.readouterr().out.split("\n\n")
+    assert lines.count("\n") == 6  # each result as it comes
+    assert "out of memory" in steps and all(part in components for part in COMPONENTS)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("--preset tinny", "preset = tinny is not there, only full, tiny"),
+        ("--phases 1 9", "phases = (1, 9)"),
+        ("--batches default 0", "batches = ('default', 0)"),
+        ("--batches few", "few"),
+        ("--repeats 0", "repeats = 0"),
+        ("--warm-up -1", "warm_up = -1"),
+        ("--tokenize none.txt", "tokenize = none.txt"),
+        ("--json none/report.json", "json = none/report.json"),
+        ("--json README.md", "json = README.md is no .json file"),
+        ("--tokenize tests", "tokenize = tests is not a file"),
+        ("--no-steps", "steps = False leaves nothing to measure"),
+        ("--device tpu", "device = tpu is not there"),
+        ("--phaes 1", "perhaps you meant --phases"),
+        ("--baseline-compile fast", "fast"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(args, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def command():
+        run_benchmark(parse_flags(BenchmarkOptions, args.split(), BenchmarkOptions(), "", ""))
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(command)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("error: ") and message in err
+
+
+def test_the_start_of_a_run_is_timed_to_its_first_step(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 800)
+    flags = f"--data.source {text} --data.tokenizer learned --model.d-model 32 --model.n-layers 1"
+    flags += " --model.seq-len 16 --training.eval-tokens 64 --device cpu"
+    assert time_startup("tiny", flags.split()) > 0.1
+
+
+def test_a_run_that_does_not_start_says_why():
+    with pytest.raises(InputError, match=r"startup: error: .*seed = -1"):
+        time_startup("tiny", ["--seed", "-1"])

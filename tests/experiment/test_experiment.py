@@ -1,0 +1,160 @@
+"""The variants of an experiment, on a model of 27 thousand parameters."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from config import PRESETS, DataConfig, InputError, Phase, TrainingConfig, tiny
+from utils.experiment.report import format_report
+from utils.experiment.runner import run_experiment
+from utils.experiment.variants import EXPERIMENTS, Experiment, parse_experiment
+from utils.metrics.history import HISTORY_FILE, read_history, select_events
+
+STEPS = {f"steps_phase{i}": 2 for i in range(1, 5)}
+TRAINING = replace(tiny().training, **STEPS, log_every=1, eval_tokens=300, sample_tokens=0)
+MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
+
+
+@pytest.fixture
+def small(tmp_path):
+    data = DataConfig("builtin", num_stories=100, cache=tmp_path / "cache")
+    return replace(
+        tiny(), model=MODEL, training=TRAINING, data=data, out=tmp_path / "out", device="cpu"
+    )
+
+
+def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(small, capsys):
+    experiment = Experiment("upcycle", seeds=2, run=small)
+    run_experiment(experiment)
+    printed = capsys.readouterr().out
+    assert all(f"\n{variant}" in printed for variant in EXPERIMENTS["upcycle"].growth)
+    histories = [
+        read_history(run.out / HISTORY_FILE)
+        for runs in experiment.variant_runs().values()
+        for run in runs
+    ]
+    before = {select_events(events, "grow")[0]["valid_loss_fp32"] for events in histories}
+    assert len(before) == 1, "one checkpoint, which no variant has changed"
+    ends = {select_events(events, "eval")[-1]["valid_loss"] for events in histories}
+    assert len(ends) == 8, "variants and seeds differ"
+
+    def trained_again(run, **choice):
+        run_experiment(replace(experiment, run=run, **choice))
+        printed = capsys.readouterr().out
+        return printed.count("moe) step 2/2") + printed.count("moe) step 3/3")
+
+    assert trained_again(small) == 0
+    stopped = experiment.variant_runs()["router-3"][1].out / HISTORY_FILE
+    stopped.write_bytes(b"".join(stopped.read_bytes().splitlines(keepends=True)[:-1]))
+    assert trained_again(small) == 1, "it was stopped before its end"
+    moved = replace(small, data=replace(small.data, cache=small.out.parent / "elsewhere"))
+    assert trained_again(moved) == 0, "wherever its tokens lie"
+    by_ones = replace(small, training=replace(TRAINING, micro_batch_size=1))
+    assert trained_again(by_ones, variants=("copies",)) == 2, "it would come out otherwise"
+    longer = replace(small, training=replace(TRAINING, steps_phase2=3))
+    assert trained_again(longer) == 8, "its settings have changed"
+
+
+def test_what_variants_share_must_have_been_made_with_the_same_settings(small):
+    run_experiment(Experiment("lr", seeds=1, run=small))
+    other = replace(small, training=replace(TRAINING, lr_phase1=1e-5))
+    with pytest.raises(InputError, match=r"holds another run: phases\.dense\.lr was 0\.005"):
+        run_experiment(Experiment("lr", seeds=1, run=other))
+
+
+def test_an_experiment_does_not_touch_the_run_in_its_folder(small):
+    small.out.mkdir()
+    (small.out / HISTORY_FILE).write_text('{"event": "run", "wall_s": 0}\n')
+    run_experiment(Experiment("lr", seeds=1, run=small))
+    assert read_history(small.out / HISTORY_FILE) == [{"event": "run", "wall_s": 0}]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_variants_differ_in_what_they_are_named_after_and_nowhere_else(name):
+    run = replace(tiny(), training=TrainingConfig(lr_scaling="none", weight_decay=0.03))
+    runs = Experiment(name, seeds=3, run=run).variant_runs()
+    assert len(runs) > 1 and all(len(seeded) == 3 for seeded in runs.values())
+    for seeded in runs.values():
+        assert [each.seed for each in seeded] == [0, 1, 2]
+        assert {each.training.weight_decay for each in seeded} == {0.03}
+        assert len({each.out for each in seeded}) == 3
+    first = [(each[0].training, each[0].phases) for each in runs.values()]
+    assert all(one != other for one, other in pairwise(first))
+
+
+def test_placements_that_come_to_the_same_growth_are_one_variant():
+    depth = {
+        name: list(Experiment("depth", run=PRESETS[name]()).variant_runs()) for name in PRESETS
+    }
+    assert depth["full"] == EXPERIMENTS["depth"].names
+    placements = ("interleaved", "middle")  # tiny has one new block: at the end or in the middle
+    assert depth["tiny"] == [f"{init}-{p}" for init in ("identity", "copy") for p in placements]
+    alone = Experiment("depth", variants=("copy-end",), run=tiny()).variant_runs()
+    assert list(alone) == ["copy-end"]
+
+
+def test_the_run_as_it_stands_is_a_variant_of_several_experiments_and_trained_for_all(small):
+    folders = [
+        {runs[0].out for runs in Experiment(name, run=small).variant_runs().values()}
+        for name in ("noise", "optimizer", "lr")
+    ]
+    assert folders[0] & folders[1] & folders[2] == {small.out / "wide-as-it-is-seed0"}
+    assert len(folders[0] | folders[1] | folders[2]) == 5 + 3 + 2 - 2
+    alone = Experiment("optimizer", variants=("reset",), run=small).variant_runs()
+    assert list(alone) == ["reset"]
+
+
+def make_history(end_loss, loss_after_growth):
+    where = {"phase": 2, "phase_name": "moe"}
+    after = {"step": 0, "valid_loss": 9.0, "valid_loss_fp32": loss_after_growth}
+    return [
+        {"event": "grow", **where, "valid_loss_fp32": 2.0},
+        {"event": "eval", **where, **after},
+        {"event": "eval", **where, "step": 9, "valid_loss": end_loss, "copy_distance": 0.1},
+        {"event": "end", "wall_s": 3.0},
+    ]
+
+
+def test_differences_without_one_sign_or_within_their_own_spread_are_ties():
+    ends = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5), "d": (1.001, 1.7)}
+    text = format_report({name: [make_history(x, 2.25) for x in xs] for name, xs in ends.items()})
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:5]}
+    assert [rows[name][2] for name in ends] == ["best", "tie", "+0.4000", "tie"]
+    assert rows["a"] == ["1.1000", "0.2000", "best", "0.100", "-", "-", "3"]
+    assert text.splitlines()[-1].split() == ["d", "+0.2500"]
+    assert "one seed" not in text
+
+
+def test_a_report_on_one_seed_says_that_chance_may_make_the_differences():
+    text = format_report({name: [make_history(end, 2.25)] for name, end in (("a", 1), ("b", 1.1))})
+    assert "one seed a variant: chance alone" in text
+    assert text.splitlines()[2].split()[:4] == ["b", "1.1000", "-", "+0.1000"]
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["noize"], "there is no experiment noize"),
+        (["noise", "huge"], "there is no preset huge"),
+        (["noise", "tiny", "--seeds", "0"], "seeds = 0"),
+        (["noise", "tiny", "--variants", "loud"], "variants = loud is not in noise, only noise-0,"),
+        (["noise", "tiny", "--phase", "wyde"], "phase = wyde is not in the schedule"),
+        (["noise", "tiny", "--phase", "dense"], "phase = dense does not grow"),
+        (["depth", "tiny", "--phase", "wide"], "grows by Widen, which has no init, placement"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(args, message):
+    with pytest.raises(InputError, match=message):
+        parse_experiment(args)
+
+
+def test_arguments_that_are_left_out_are_those_of_the_preset():
+    assert parse_experiment(["lr", "tiny"]) == Experiment("lr", run=tiny())
+
+
+def test_the_trunk_ends_before_the_growth_and_decays_to_the_rate_after_it():
+    trunk = Experiment("depth", run=tiny()).trunk_run()
+    assert list(trunk.phases) == ["dense", "moe", "wide", "deep"]
+    assert trunk.phases["deep"] == Phase(steps=1, lr=tiny().training.lr_phase4)
+    assert trunk.out == tiny().out / "before-deep"

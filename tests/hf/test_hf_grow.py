@@ -1,0 +1,112 @@
+"""Growing a folder in transformers' format."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from config import InputError
+from tests.helpers.hf_models import (
+    HF_MODELS,
+    SMOLLM2,
+    assert_same_logits,
+    hf_logits,
+    save_hf_model,
+)
+from utils.hf.grow_folder import grow_folder
+from utils.hf.pretrained import find_pretrained
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", HF_MODELS)
+@pytest.mark.parametrize(
+    "growths",
+    [
+        {"upcycle": 4, "top_k": 3},
+        {"widen": 2},
+        {"widen": 3, "noise": 1.0},
+        {"deepen": 2},
+        {"upcycle": 4, "widen": 2, "deepen": 3, "placement": "end"},
+    ],
+    ids=lambda growths: "-".join(growths),
+)
+def test_a_folder_grows_and_transformers_computes_what_it_did(hf_folders, name, growths, tmp_path):
+    small, big = hf_folders[name], tmp_path / "big"
+    grow_folder(str(small), big, **growths)
+    assert_same_logits(hf_logits(big), hf_logits(small))
+    after, before = AutoConfig.from_pretrained(big), AutoConfig.from_pretrained(small)
+    assert after.model_type == ("mixtral" if "upcycle" in growths else "llama")
+    assert after.head_dim == before.head_dim
+    assert after.rope_parameters == before.rope_parameters
+    assert after.hidden_size == growths.get("widen", 1) * before.hidden_size
+    assert after.num_hidden_layers == growths.get("deepen", 0) + before.num_hidden_layers
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (big / file).read_bytes() == (small / file).read_bytes()
+
+
+def test_a_grown_mixture_grows_on(hf_folders, tmp_path):
+    grow_folder(str(hf_folders["smollm2"]), tmp_path / "a", upcycle=4)
+    grow_folder(str(tmp_path / "a"), tmp_path / "b", widen=2, deepen=1)
+    assert_same_logits(hf_logits(tmp_path / "b"), hf_logits(hf_folders["smollm2"]))
+    with pytest.raises(InputError, match="already has 4 experts"):
+        grow_folder(str(tmp_path / "a"), tmp_path / "c", upcycle=4)
+
+
+@pytest.mark.parametrize(
+    "growths, dtype", [({"upcycle": 4, "deepen": 1}, torch.bfloat16), ({"widen": 2}, torch.float32)]
+)
+def test_growing_keeps_the_dtype_but_for_widening(growths, dtype, tmp_path, capsys):
+    small = save_hf_model(tmp_path / "small", SMOLLM2, torch.bfloat16)
+    grow_folder(str(small), tmp_path / "big", **growths)
+    name = str(dtype).removeprefix("torch.")
+    assert f"GB of {name} weights" in capsys.readouterr().out
+    assert_same_logits(hf_logits(tmp_path / "big"), hf_logits(small))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "big").dtype == dtype
+
+
+def test_growth_prints_what_it_moved_took_and_wrote(hf_folders, story_file, tmp_path, capsys):
+    source = str(hf_folders["llama3"])
+    grow_folder(source, tmp_path / "a", upcycle=4, deepen=1, text=story_file)
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("Upcycle kept the function: loss") and second.startswith("Deepen kept")
+    size = (tmp_path / "a" / "model.safetensors").stat().st_size
+    summary = rf"a: 4 x 64, 4 experts, top-2, .* parameters, {size / 1e9:.3g} GB of float32 weights"
+    assert re.search(rf"{summary}, in [\d.]+ s", last)
+
+
+def test_a_text_to_compare_on_that_cannot_be_read_or_is_too_short_is_named(hf_folders, tmp_path):
+    source, out = str(hf_folders["llama3"]), tmp_path / "out"
+    with pytest.raises(InputError, match=r"text = .*none.txt: cannot be read"):
+        grow_folder(source, out, deepen=1, text=tmp_path / "none.txt")
+    (tmp_path / "short.txt").write_text("One day")
+    with pytest.raises(InputError, match=r"short.txt has \d+ tokens, not the 65 needed"):
+        grow_folder(source, out, deepen=1, text=tmp_path / "short.txt")
+    assert not out.exists()
+
+
+def test_a_folder_is_replaced_only_if_asked_to_and_only_if_it_is_a_model_s(hf_folders, tmp_path):
+    source, out = str(hf_folders["smollm2"]), tmp_path / "out"
+    grow_folder(source, out, deepen=1)
+    with pytest.raises(InputError, match="out is there already: --overwrite replaces it"):
+        grow_folder(source, out, deepen=2)
+    grow_folder(source, out, deepen=2, overwrite=True)
+    assert find_pretrained(str(out)).config.n_layers == SMOLLM2["num_hidden_layers"] + 2
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    with pytest.raises(InputError, match="thesis is no model's folder"):
+        grow_folder(source, tmp_path / "thesis", deepen=1, overwrite=True)
+    with pytest.raises(InputError, match="nothing to do: --upcycle, --widen or --deepen"):
+        grow_folder(source, tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
+
+
+def test_the_command_says_in_one_line_what_is_wrong(hf_folders, tmp_path):
+    command = [sys.executable, "-m", "utils.hf", "grow", hf_folders["llama3"], tmp_path / "a"]
+    done = subprocess.run([*command, "--widen", "0"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: widen.factor = 0 must be a whole number, at least 1\n"

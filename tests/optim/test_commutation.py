@@ -1,0 +1,37 @@
+"""In float64, growing and then training is training and then growing, and no rule can be broken."""
+
+from dataclasses import replace
+
+import pytest
+
+from config import Deepen, Widen
+from tests.helpers.small_models import CONFIGS, DENSE, MOE
+from utils.optim.commutation import MAX_GAP, SETTINGS, CommutationTest, mutations, set_scale
+
+WIDEN_2, WIDEN_3 = Widen(2, noise=0.0), Widen(3, noise=0.0)
+INTERLEAVED, MIDDLE, END = (Deepen(2, where) for where in ("interleaved", "middle", "end"))
+CASES = [(name, growth) for name in ("dense", "moe") for growth in (WIDEN_2, WIDEN_3, INTERLEAVED)]
+CASES += [("learned-moe", growth) for growth in (WIDEN_3, MIDDLE, END)]
+IDS = [f"{name}-{type(growth).__name__}" for name, growth in CASES]
+
+
+@pytest.mark.parametrize("name, growth", CASES, ids=IDS)
+def test_growing_then_training_is_training_then_growing(name, growth):
+    assert max(CommutationTest(CONFIGS[name], growth).gap()) < MAX_GAP
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("growth", [WIDEN_2, INTERLEAVED], ids=["widen", "deepen"])
+def test_every_rule_that_is_broken_opens_a_gap(config, growth):
+    test = CommutationTest(config, growth)
+    assert test.gap()[0] < MAX_GAP
+    for name, mutation in mutations(growth).items():
+        # The smallest gap, that of eps, is not large, but a million times the rounding.
+        assert test.gap(mutation)[0] > 1e6 * MAX_GAP, name
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_decay_commutes_where_it_is_as_much_stronger_as_the_learning_rate_is_smaller(config):
+    test = CommutationTest(config, WIDEN_2, replace(SETTINGS, weight_decay=0.3))
+    assert max(test.gap()) < MAX_GAP
+    assert test.gap(set_scale(weight_decay=1.0))[0] > 1e9 * MAX_GAP

@@ -1,0 +1,174 @@
+"""From the command line to a run, and what a command says and returns as it ends."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from config import PRESETS, Deepen, InputError, Phase, Run, Widen, full, tiny
+from tests.helpers.damage import capture_command
+from train import main
+from utils.metrics.history import HISTORY_FILE, History
+from utils.runtime.cli import parse_run, run_command
+from utils.runtime.errors import RunStopped
+from utils.runtime.signals import Stopped
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def flag_names(config, prefix="--"):
+    """Yields the option of every field of a dataclass and of those within it."""
+    for field in fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if is_dataclass(value):
+            yield from flag_names(value, name + ".")
+        elif not isinstance(value, dict):
+            yield name
+
+
+def parse_error(args, capsys):
+    """Returns the one line on stderr for a command line that makes no run."""
+    code, _, error = capture_command(lambda: print(parse_run(args)), capsys)
+    assert code == 2 and re.fullmatch("error: .+\n", error) and "---" not in error
+    return error
+
+
+def test_a_preset_comes_first_and_without_one_it_is_full():
+    assert parse_run([]) == parse_run(["full"]) == full() and parse_run(["tiny"]) == tiny()
+    assert parse_run(["--seed", "3"]) == replace(full(), seed=3)
+
+
+def test_any_field_can_be_overridden_with_hyphens_or_underscores():
+    flags = (
+        "--training.lr-phase1 1e-2 --training.batch_size_phase3 5 --out a/b "
+        "--training.deepen.placement end --training.micro_batch_size None "
+        "--training.widen.tolerance.max-logit-drift inf "
+        "--model.n-kv-heads 1 --model.no-tie-embeddings"
+    )
+    run, base = parse_run(["tiny", *flags.split()]), tiny()
+    assert run.model == replace(base.model, n_kv_heads=1, tie_embeddings=False)
+    widen = base.training.widen
+    changes = {
+        "lr_phase1": 1e-2,
+        "batch_size_phase3": 5,
+        "deepen": Deepen(base.training.deepen.extra_layers, "end"),
+        "widen": replace(widen, tolerance=replace(widen.tolerance, max_logit_drift=float("inf"))),
+    }
+    assert run.training == replace(base.training, **changes)
+    assert run == replace(base, model=run.model, training=run.training, out=Path("a/b"))
+    assert run.schedule["dense"].lr == 1e-2 and run.schedule["wide"].batch_size == 5
+
+
+def test_a_schedule_of_its_own_is_overridden_by_the_names_of_its_phases(monkeypatch, capsys):
+    own = Run(phases={"dense": Phase(steps=3), "wide": Phase(Widen(2), steps=4)})
+    monkeypatch.setitem(PRESETS, "own", lambda: own)
+    run = parse_run(["own", "--phases.wide.growth.factor", "3", "--phases.dense.steps", "9"])
+    assert run.schedule == {"dense": Phase(steps=9), "wide": Phase(Widen(3), steps=4)}
+    assert "training.steps_phase1" in parse_error(["own", "--training.steps-phase1", "9"], capsys)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_documents_every_field(preset, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # one option below the other
+    with pytest.raises(SystemExit, match=r"^0$"):
+        parse_run([preset, "--help"])
+    help_text = capsys.readouterr().out
+    documented = re.findall(r"(--\S+?)[ ,].*\n\W+(?!\W*\(default)\w", help_text)
+    assert set(flag_names(PRESETS[preset]())) <= set(documented)
+    assert all(f"{name}: {make.__doc__}" in help_text for name, make in PRESETS.items())
+
+
+@pytest.mark.parametrize(
+    "args, phrases",
+    [
+        ("tinny", ["there is no preset tinny, only full, tiny; perhaps you meant tiny"]),
+        ("--seed 1 tiny", ["the preset comes first"]),
+        ("tiny --training.lr-phas1 1", ["lr-phas1, 1; perhaps you meant --training.lr-phase1"]),
+        ("tiny --training.lr-phase1 fast", ["--training.lr-phase1", "'fast'"]),
+        ("tiny --precision fp16", ["--precision", "'fp16'", "'bf16'"]),
+        ("tiny --training.grad-clip 0", ["training.grad_clip = 0.0 must be a finite number"]),
+        ("tiny --training.widen.factor 0", ["training.widen: widen.factor = 0 must be"]),
+        ("tiny --model.n-heads 5", ["model.n_heads = 5 does not divide model.d_model = 64"]),
+    ],
+)
+def test_what_cannot_be_run_is_named_on_stderr_with_exit_code_2(args, phrases, capsys):
+    error = parse_error(args.split(), capsys)
+    assert all(phrase in error for phrase in phrases), error
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (InputError("seed = x"), 2, "error: seed = x\n"),
+        (RunStopped("phase 1, step 3"), 1, "stopped: phase 1, step 3\n"),
+        (Stopped(2), 130, "stopped by SIGINT; run the same command again\n"),
+        (Stopped(15), 143, "stopped by SIGTERM; run the same command again\n"),
+    ],
+)
+def test_each_end_has_its_exit_code_and_one_line(error, code, line, capsys):
+    def command():
+        raise error
+
+    assert capture_command(command, capsys) == (code, "", line)
+
+
+def test_success_and_errors_of_the_program_itself_pass_through():
+    run_command(lambda: None)
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: print(1 / 0))
+
+
+def test_a_command_whose_output_nobody_reads_on_ends_without_a_word():
+    code = "from utils.runtime.cli import run_command; run_command(lambda: print('x', flush=True))"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=write_end, stderr=subprocess.PIPE
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    """Runs train.py's command with flags for a small run. Returns exit code, stdout and stderr."""
+    small = f"tiny --data.num-stories 100 --data.cache {tmp_path}/cache --out {tmp_path}/run"
+    return lambda flags: capture_command(
+        lambda: main(parse_run(f"{small} {flags}".split())), capsys
+    )
+
+
+def test_a_dry_run_shows_every_phase_and_writes_nothing(train, tmp_path):
+    code, output, _ = train("--dry-run")
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert all(phase in output for phase in ("1 dense", "2 moe", "3 wide", "4 deep"))
+
+
+@pytest.mark.parametrize("last, kind", [("end", "a finished run"), ("step", "an unfinished run")])
+def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path):
+    path = tmp_path / "run" / HISTORY_FILE
+    path.parent.mkdir()
+    with History(path) as history:
+        history("run")
+        history(last)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    code, _, error = train("")
+    assert code == 2 and kind in error and "--overwrite" in error
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_program_run_from_another_folder_exits_as_its_commands_do(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "tinny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "tiny" in done.stderr
+    assert not list(tmp_path.iterdir())

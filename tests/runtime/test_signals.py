@@ -1,0 +1,47 @@
+"""A signal stops a run between two steps, never amid one."""
+
+import os
+import signal
+
+import pytest
+
+from utils.runtime.signals import HANDLED_SIGNALS, Stopped, defer_signals, raise_on_signals
+
+
+@pytest.mark.parametrize("number", HANDLED_SIGNALS)
+def test_a_signal_raises_and_names_itself_and_its_exit_code(number):
+    with pytest.raises(Stopped, match=f"stopped by {number.name}; ") as raised, raise_on_signals():
+        os.kill(os.getpid(), number)
+    assert raised.value.exit_code == 128 + number
+    assert not isinstance(raised.value, Exception)
+
+
+def test_what_is_done_with_signals_deferred_is_done_wholly():
+    steps = []
+    with pytest.raises(Stopped), raise_on_signals():
+        with defer_signals():
+            with defer_signals():
+                os.kill(os.getpid(), signal.SIGTERM)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+    assert steps == ["inner", "outer"]
+
+
+def test_no_signal_changes_nothing():
+    with raise_on_signals(), defer_signals():
+        pass
+
+
+def test_handlers_that_were_there_before_are_there_again():
+    before = [signal.getsignal(number) for number in HANDLED_SIGNALS]
+    with raise_on_signals():
+        assert all(signal.getsignal(number) not in before for number in HANDLED_SIGNALS)
+    assert [signal.getsignal(number) for number in HANDLED_SIGNALS] == before
+
+
+def test_a_signal_that_stopped_one_command_does_not_stop_the_next():
+    with pytest.raises(Stopped), raise_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    with raise_on_signals(), defer_signals():
+        pass

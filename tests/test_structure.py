@@ -1,0 +1,195 @@
+"""Laws of the source itself: imports go one way, every public name means one thing, and what users
+read is written in whole sentences."""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RANKS = [
+    {"config"},
+    {"models"},
+    {"transfer"},
+    {"utils.runtime"},
+    {"utils.text"},
+    {"utils.data"},
+    {"utils.schedule"},
+    {"utils.optim"},
+    {"utils.metrics"},
+    {"utils.plot", "utils.checkpoint"},
+    {"utils.generate", "utils.hf"},
+    {"utils.training"},
+    {"train", "utils.benchmark", "utils.experiment", "transfer.verify_growth_mechanics"},
+]
+"""Rooms from the bottom to the top: a module imports from its own room and from those below."""
+REPEATED_NAMES = {"__all__", "main", "T", "P"}
+FRAGMENTS = ("Of ", "And ", "By ", "As ", "That of ")
+COMMANDS = {
+    "train.py": ["train.py", "--help"],
+    "train.py tiny": ["train.py", "tiny", "--help"],
+    "verify": ["transfer/verify_growth_mechanics.py", "--help"],
+    "generate": ["-m", "utils.generate", "--help"],
+    "plot": ["-m", "utils.plot", "--help"],
+    "hf": ["-m", "utils.hf", "--help"],
+    "hf export": ["-m", "utils.hf", "export", "--help"],
+    "hf import": ["-m", "utils.hf", "import", "--help"],
+    "hf grow": ["-m", "utils.hf", "grow", "--help"],
+    "benchmark": ["-m", "utils.benchmark", "--help"],
+    "experiment": ["-m", "utils.experiment", "noise", "tiny", "--help"],
+}
+
+
+def source_files() -> list[Path]:
+    folders = (ROOT / name for name in ("models", "transfer", "utils"))
+    files = [path for folder in folders for path in folder.rglob("*.py") if path.stat().st_size]
+    return [ROOT / "config.py", ROOT / "train.py", *files]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> tuple[int, str] | None:
+    """The rank and name of a module's room; None for a module of another library."""
+    rooms = [
+        (rank, room)
+        for rank, names in enumerate(RANKS)
+        for room in names
+        if module == room or module.startswith(f"{room}.")
+    ]
+    return max(rooms, key=lambda room: len(room[1]), default=None)
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Every module that a file imports, wherever in the file, functions included."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            # `from utils.text import sources` imports the module utils.text.sources.
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            is_file = {name for name in submodules if is_module(name)}
+            modules |= is_file or {module}
+    return modules
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def upward_imports(path: Path, source: str) -> list[str]:
+    room = room_of(module_name(path))
+    assert room is not None, f"{path} lies in no room"
+    return [
+        f"{module_name(path)} imports {imported}"
+        for imported in sorted(imported_modules(ast.parse(source)))
+        if (other := room_of(imported)) and other[1] != room[1] and other[0] >= room[0]
+    ]
+
+
+def test_imports_go_one_way():
+    found = [line for path in source_files() for line in upward_imports(path, path.read_text())]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from utils.training.phase import train_phase",
+        "def f():\n    import utils.training.phase",
+        "def f():\n    from utils.training import phase",
+        "import train",
+    ],
+)
+def test_an_import_that_goes_up_is_noticed(line):
+    assert upward_imports(ROOT / "utils" / "metrics" / "history.py", line)
+
+
+def test_no_file_imports_a_command():
+    found = {
+        (module_name(path), imported)
+        for path in source_files()
+        for imported in imported_modules(ast.parse(path.read_text()))
+        if imported.endswith("__main__") or imported == "train"
+    }
+    assert not found
+
+
+def test_packages_of_utils_import_nothing_by_themselves():
+    assert not [p for p in (ROOT / "utils").rglob("__init__.py") if p.read_text().strip()]
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return {name for name in names if not name.startswith("_")} - REPEATED_NAMES
+
+
+def test_no_public_name_means_two_things():
+    modules = defaultdict(list)
+    for path in source_files():
+        for name in public_names(ast.parse(path.read_text())):
+            modules[name].append(module_name(path))
+    assert not {name: where for name, where in modules.items() if len(where) > 1}
+
+
+def test_every_public_function_and_class_says_what_it_is():
+    missing = []
+    for path in source_files():
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) or path.name == "__init__.py", f"{path} has no docstring"
+        for node in tree.body:
+            is_kernel = (
+                isinstance(node, ast.FunctionDef)
+                and node.decorator_list
+                and any(
+                    isinstance(d, ast.Attribute) and d.attr == "jit" for d in node.decorator_list
+                )
+            )
+            is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+            if is_public and not is_kernel and not ast.get_docstring(node) and node.name != "main":
+                missing.append(f"{module_name(path)}.{node.name}")
+    assert not missing
+
+
+def docstrings(tree: ast.AST) -> list[tuple[int, str]]:
+    return [
+        (node.lineno, node.value.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+
+
+def test_no_docstring_begins_as_a_fragment():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.strip().splitlines()[0]}"
+        for path in source_files()
+        for line, text in docstrings(ast.parse(path.read_text()))
+        if text.strip().startswith(FRAGMENTS)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_no_line_of_help_begins_as_a_fragment(command):
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    lines = [line.strip("│ ") for line in done.stdout.splitlines()]
+    assert not [line for line in lines if line.startswith(FRAGMENTS)]

@@ -1,0 +1,132 @@
+"""What a run evaluates and judges its growth on is the validation text, and nothing else."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+
+from config import Deepen, Phase, Upcycle, Widen
+from tests.helpers.small_runs import MODEL, TRAINING
+from train import main
+from utils.checkpoint.model import load_checkpoint
+from utils.metrics.diagnostics import UNDERUSED_SHARE
+from utils.metrics.history import HISTORY_FILE, read_history, select_events
+from utils.text.builtin.stories import builtin_stories
+from utils.text.sources import SEPARATOR
+
+SCHEDULE = {
+    "dense": Phase(steps=20, batch_size=8, lr=1e-2),
+    "moe": Phase(Upcycle(4), steps=4, batch_size=8, lr=1e-2),
+    "wide": Phase(Widen(2), steps=4, batch_size=8, lr=1e-2),
+    "deep": Phase(Deepen(1), steps=4, batch_size=8, lr=1e-2),
+}
+
+
+def make_windows(text, tokenizer, eos_id, seq_len):
+    """All windows (N, seq_len + 1) that lie side by side in a text, its stories' ends included."""
+    ids = []
+    for story in text.split(SEPARATOR):
+        ids += [*tokenizer.encode(story).ids, eos_id]
+    count = len(ids) // (seq_len + 1)
+    return torch.tensor(ids[: count * (seq_len + 1)]).view(count, seq_len + 1)
+
+
+@torch.no_grad()
+def mean_loss(checkpoint, windows):
+    logits = checkpoint.state.model()(windows[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved_models(
+    base_run, tmp_path
+):
+    folder, chance = tmp_path / "text", random.Random(0)
+    folder.mkdir()
+    train_text = SEPARATOR.join(builtin_stories(100))
+    valid_text = SEPARATOR.join(
+        " ".join(str(chance.randrange(10**6)) for _ in range(20)) for _ in range(25)
+    )
+    (folder / "train.txt").write_text(train_text)
+    (folder / "valid.txt").write_text(valid_text)
+    data = replace(base_run.data, source=str(folder), tokenizer="learned", num_stories=0)
+    training = replace(TRAINING, eval_tokens=10**6, probe_sequences=3)
+    run = replace(base_run, data=data, training=training, phases=SCHEDULE, precision="fp32")
+    run = replace(run, out=tmp_path / "run")
+    main(run)
+    events = read_history(run.out / HISTORY_FILE)
+    checkpoints = [load_checkpoint(run.out / f"{name}_final.pt") for name in SCHEDULE]
+    tokenizer, eos_id = Tokenizer.from_str(checkpoints[0].tokenizer), checkpoints[0].eos_id
+    windows, train_windows = (
+        make_windows(text, tokenizer, eos_id, MODEL.seq_len) for text in (valid_text, train_text)
+    )
+    for number, checkpoint in enumerate(checkpoints, 1):
+        assert_close(checkpoint.probe, windows[:3])
+        last = [e for e in select_events(events, "eval") if e["phase"] == number][-1]
+        assert last["valid_loss"] == pytest.approx(mean_loss(checkpoint, windows), rel=1e-5)
+        assert last["valid_loss"] > 1 + mean_loss(checkpoint, train_windows)
+    for grow, before in zip(select_events(events, "grow"), checkpoints, strict=False):
+        assert grow["loss_before"] == pytest.approx(mean_loss(before, windows[:3]), rel=1e-5)
+        assert grow["valid_loss_fp32"] == pytest.approx(mean_loss(before, windows), rel=1e-5)
+        assert grow["probe_tokens"] == 3 * MODEL.seq_len
+
+
+def test_the_loss_in_float32_goes_on_from_where_it_was_before_the_growth(finished):
+    events = read_history(finished.out / HISTORY_FILE)
+    before = {event["phase"]: event["valid_loss_fp32"] for event in select_events(events, "grow")}
+    settling = [event for event in select_events(events, "eval") if "valid_loss_fp32" in event]
+    assert [(event["phase"], event["step"]) for event in settling] == [(2, 0), (3, 0), (4, 0)]
+    for event in settling:
+        assert event["valid_loss_fp32"] == pytest.approx(before[event["phase"]], abs=1e-5)
+        assert event["above_growth"] == event["valid_loss_fp32"] - before[event["phase"]]
+    offset = {event["phase"]: event["valid_loss"] - event["valid_loss_fp32"] for event in settling}
+    for event in select_events(events, "eval"):
+        if event["phase"] == 1:
+            assert "above_growth" not in event
+        elif event not in settling:
+            above = event["valid_loss"] - offset[event["phase"]] - before[event["phase"]]
+            assert event["above_growth"] == pytest.approx(above) != 0
+
+
+def test_evaluations_tell_whether_the_new_capacity_is_used(finished):
+    evals = select_events(read_history(finished.out / HISTORY_FILE), "eval")
+    assert all(("copy_distance" in event) == (event["phase"] > 2) for event in evals)
+    assert all(("expert_load" in event) == (event["phase"] > 1) for event in evals)
+    routed = [event for event in evals if event["phase"] > 1]
+    for event in routed:
+        assert all(sum(shares) == pytest.approx(1) for shares in event["expert_load"])
+        assert 0 <= event["underused_experts"] <= 1 and event["top_k_margin"] >= 0
+        assert 0 < event["router_entropy"] < 1.3863
+    distances = [event["expert_distance"] for event in routed]
+    assert distances[0] < 1e-6 < min(distances[1:])
+
+
+def test_a_phase_that_grew_is_evaluated_soon_after_however_rare_evaluations_are(train_schedule):
+    training = replace(TRAINING, eval_every=1000)
+    events, _ = train_schedule(training, dense=Phase(steps=1), wide=Phase(Widen(2), steps=201))
+    evals = select_events(events, "eval")
+    moments = [(event["phase"], event["step"]) for event in evals]
+    assert moments == [(1, 0), (1, 1), (2, 0), (2, 10), (2, 50), (2, 200), (2, 201)]
+    assert [e["step"] for e in evals if "valid_loss_fp32" in e] == [0, 10, 50, 200]
+
+
+def test_experts_that_get_few_tokens_are_counted_and_named(train_schedule, capsys):
+    events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64, 1), steps=0))
+    line = "underused, with less than 10% of a fair share of the tokens: expert "
+    assert line in capsys.readouterr().out
+    event = select_events(events, "eval")[-1]
+    shares = [share for layer in event["expert_load"] for share in layer]
+    underused = sum(share < UNDERUSED_SHARE / 64 for share in shares)
+    assert underused and event["underused_experts"] == underused / len(shares)
+
+
+def test_how_often_a_run_is_evaluated_changes_nothing_else_in_its_record(train_schedule):
+    def losses(eval_every):
+        training = replace(TRAINING, log_every=4, eval_every=eval_every)
+        events, _ = train_schedule(training, only=Phase(steps=8))
+        return [event["loss"] for event in select_events(events, "step")]
+
+    assert losses(3) == losses(100)

@@ -1,0 +1,126 @@
+"""Whole runs, from the call to the files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import Deepen, InputError, Phase, Upcycle, Widen, resolve_tolerance
+from tests.helpers.small_runs import (
+    CHECKPOINTS,
+    GROWTHS,
+    MODEL,
+    RUN_FILES,
+    TRAINING,
+    comparable_history,
+)
+from train import main
+from transfer.verify_growth_mechanics import compare_checkpoints
+from utils.checkpoint.model import load_checkpoint
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, select_events
+
+SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
+FIELDS = {
+    "run": "config seed corpus fallback fingerprint init_fingerprint train_tokens valid_tokens "
+    "device dtype phases params active_params flops_per_token python torch commit",
+    "step": "step tokens lr loss load_balance_loss z_loss grad_norm tokens_per_s",
+    "eval": "step tokens valid_loss",
+    "grow": "growth passed tokens params_before params_after loss_before loss_after loss_drift "
+    "max_logit_diff kl top1_changed flipped probe_tokens plan_error copy_distance router_std "
+    "load_min load_max growth_s valid_loss_fp32",
+    "checkpoint": "path trained",
+    "end": "tokens",
+}
+
+
+def same_weights(one, other):
+    return all(torch.equal(one.weights[name], weight) for name, weight in other.weights.items())
+
+
+def test_a_run_leaves_the_files_that_others_rely_on(finished):
+    assert {path.name for path in finished.out.iterdir()} == RUN_FILES
+    assert (finished.out / PLOT_FILE).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    saved = [load_checkpoint(finished.out / name) for name in CHECKPOINTS]
+    assert [checkpoint.tokens for checkpoint in saved] == [640, 640, 1280, 1536, 1664]
+    growths = [checkpoint.growth_history for checkpoint in saved]
+    assert growths == [GROWTHS[:count] for count in (0, 1, 1, 2, 3)]
+    params = [sum(p.numel() for p in checkpoint.state.model().parameters()) for checkpoint in saved]
+    assert [params[0], *params[2:]] == read_history(finished.out / HISTORY_FILE)[0]["params"]
+
+
+def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
+    lines = (finished.out / HISTORY_FILE).read_text().splitlines()
+    events = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert {event["event"] for event in events} == FIELDS.keys()
+    assert all(set(FIELDS[event["event"]].split()) <= event.keys() for event in events)
+    assert [event["event"] for event in (events[0], events[-1])] == ["run", "end"]
+    phases = [(event["phase"], event["phase_name"]) for event in events[1:-1]]
+    assert list(dict.fromkeys(phases)) == list(enumerate(("dense", "moe", "wide", "deep"), 1))
+    times, tokens = ([e[name] for e in events if name in e] for name in ("wall_s", "tokens"))
+    assert times == sorted(times) and tokens == sorted(tokens) and tokens[-1] == 1664
+    steps = [event["step"] for event in select_events(events, "eval")]
+    assert steps == [0, 3, 5] * 2 + [0, 3, 4] * 2
+
+
+def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
+    events = read_history(finished.out / HISTORY_FILE)
+    for event, growth in zip(select_events(events, "grow"), GROWTHS, strict=True):
+        max_logit_drift, max_loss_drift = resolve_tolerance(growth)
+        assert event["growth"] == type(growth).__name__ and event["passed"]
+        assert event["max_logit_diff"] <= max_logit_drift
+        assert abs(event["loss_drift"]) <= max_loss_drift
+    for before, after in pairwise(select_events(events, "eval")):
+        if after["step"] == 0:
+            assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-4)
+
+
+def test_the_seed_decides_everything_and_overwrite_runs_anew(finished, tmp_path):
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(InputError, match="a finished run: --overwrite"):
+        main(replace(finished, out=tmp_path))
+    for seed in (1, finished.seed):
+        main(replace(finished, out=tmp_path, overwrite=True, seed=seed))
+        same = [
+            same_weights(load_checkpoint(finished.out / name), load_checkpoint(tmp_path / name))
+            for name in CHECKPOINTS
+        ]
+        assert same == [seed == finished.seed] * len(CHECKPOINTS)
+    assert comparable_history(tmp_path) == comparable_history(finished.out)
+
+
+def test_random_initial_weights_follow_from_the_seed(base_run, tmp_path):
+    def start_with(seed, name):
+        phases = {"start": Phase(steps=0)}
+        run = replace(base_run, phases=phases, training=TRAINING, seed=seed, out=tmp_path / name)
+        main(run)
+        return load_checkpoint(run.out / "start_final.pt")
+
+    one, again, other = start_with(5, "one"), start_with(5, "again"), start_with(6, "other")
+    assert same_weights(one, again) and not same_weights(one, other)
+
+
+def test_another_order_of_phases_is_other_data_and_no_other_code(train_schedule):
+    growths = {"dense": None, "wide": Widen(3), "moe": Upcycle(4), "deep": Deepen(2)}
+    events, checkpoints = train_schedule(
+        **{name: Phase(growth, steps=2) for name, growth in growths.items()}
+    )
+    grown = [event["growth"] for event in select_events(events, "grow")]
+    assert grown == ["Widen", "Upcycle", "Deepen"]
+    wide = replace(MODEL, d_model=96, n_heads=6, d_ff=144, logit_scale=1 / 3)
+    assert checkpoints[-1].config == replace(wide, num_experts=4, n_layers=4)
+
+
+def test_two_checkpoints_are_the_same_function_right_after_growth_and_not_later(finished, tmp_path):
+    dense, grown, last = (finished.out / CHECKPOINTS[i] for i in (0, 1, 4))
+    assert compare_checkpoints(dense, grown) and not compare_checkpoints(dense, last)
+    with pytest.raises(InputError, match="did not grow out of"):
+        compare_checkpoints(last, dense)
+    command = [sys.executable, SCRIPT, "--before", dense, "--after", last]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.endswith("NOT every law holds\n")

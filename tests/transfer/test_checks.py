@@ -1,0 +1,210 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import Deepen, InputError, Tolerance, Upcycle, Widen, resolve_tolerance
+from tests.helpers.small_models import (
+    DENSE,
+    LEARNED,
+    MOE,
+    for_each_config,
+    random_model,
+    windows,
+)
+from transfer import TrainState, apply_plan, make_plan
+from transfer.checks import (
+    GrowthError,
+    PlanChecker,
+    broken_limits,
+    compare_outputs,
+    grow,
+    match_plan_blocks,
+)
+from transfer.probe import ProbeOutput, run_probe
+
+V, B, T = 7, 4, 256
+ALL_LAWS = "logit loss weights"
+ONE_LAYER = replace(DENSE, n_layers=1)
+
+
+def random_state(config, dtype=torch.double):
+    return TrainState.from_model(random_model(config).to(dtype))
+
+
+def probe_output(layers=2, experts=4, top_k=2):
+    """Returns what a model might compute on 1,024 tokens; all logits and losses are 1."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(B, layers, T, experts, generator=generator).argsort(-1)
+    expert_ids = order[..., :top_k].sort(-1).values
+    return ProbeOutput(torch.ones(B, T, V), torch.ones(B, T), expert_ids)
+
+
+def rerouted(output, *tokens):
+    """Returns the output with another first expert for tokens (window, layer, position)."""
+    expert_ids = output.expert_ids_BLTC.clone()
+    for window, layer, position in tokens:
+        expert_ids[window, layer, position, 0] = 99
+    return output._replace(expert_ids_BLTC=expert_ids)
+
+
+def drift_and_broken_limits(before, after, layers=(0, 1)):
+    drift = compare_outputs(before, after, list(layers))
+    return drift, broken_limits(drift, Widen())
+
+
+def limits_broken_by(tamper, config, growth, name):
+    """Returns the limits that break where `tamper` has its way with one grown weight."""
+    old = random_state(config)
+    new_config, plan = make_plan(config, growth)
+    checker = PlanChecker()
+
+    def inspect(param, row, source, new):
+        if param == name:
+            tamper(new)
+        checker(param, row, source, new)
+
+    new = apply_plan(new_config, plan, old, inspect=inspect)
+    outputs = (run_probe(s.model(), windows(config)) for s in (old, new))
+    drift = compare_outputs(*outputs, match_plan_blocks(plan))
+    assert checker.worst()[0] == name or "router" in name
+    return " ".join(broken_limits(replace(drift, **checker.summary()), growth))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.double, 1e-12), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(
+    "config, growth",
+    [(DENSE, Upcycle(5)), (LEARNED, Widen(3, 0.5)), (MOE, Widen(2, 0.5)), (MOE, Deepen(3))],
+)
+def test_an_exact_growth_passes_and_is_measured(config, growth, dtype, tolerance):
+    new, drift = grow(random_state(config, dtype), growth, windows(config))
+    assert new.config == make_plan(config, growth)[0]
+    assert drift.max_logit_diff < tolerance and abs(drift.loss_drift) < tolerance
+    assert drift.plan_error < tolerance and abs(drift.kl) < tolerance
+    assert drift.loss_after == pytest.approx(drift.loss_before)
+    assert drift.probe_tokens == 3 * 13
+    assert drift.top1_changed == drift.flipped == 0
+    assert (drift.router_std is None) == isinstance(growth, Widen)
+    assert (drift.copy_distance is None) == isinstance(growth, Deepen)
+    if new.config.num_experts:
+        assert 0 <= drift.load_min <= 1 / new.config.num_experts <= drift.load_max <= 1
+
+
+@pytest.mark.parametrize("growth", [Deepen(2, init="copy"), Upcycle(5, reinit_fraction=0.5)])
+def test_a_growth_that_changes_the_function_is_measured_and_held_to_a_limit_of_its_own(growth):
+    state, probe = random_state(DENSE), windows(DENSE)
+    new, drift = grow(state, growth, probe)
+    assert new.config == make_plan(DENSE, growth)[0] and drift.max_logit_diff > 1e-3
+    assert drift.plan_error < 1e-12 and abs(drift.loss_drift) < resolve_tolerance(growth)[1]
+    for name in ("max_logit_drift", "max_loss_drift"):
+        tight = replace(growth, tolerance=Tolerance(**{name: 1e-3}))
+        with pytest.raises(GrowthError, match=rf"moved by .* \({name}: 0.001\)"):
+            grow(state, tight, probe)
+
+
+def test_routing_that_changed_with_the_function_is_no_fault_and_excuses_no_logit():
+    _, drift = grow(random_state(MOE), Deepen(2, "middle", "copy"), windows(MOE))
+    assert drift.flipped > 1 and drift.max_logit_diff > 1e-3
+
+
+@pytest.mark.parametrize("noise, low, high", [(0.0, 0.0, 0.0), (0.1, 0.1, 0.2), (1.0, 1.0, 1.5)])
+def test_the_distance_of_copies_is_about_the_noise_times_root_two(noise, low, high):
+    _, drift = grow(random_state(LEARNED), Widen(2, noise), windows(LEARNED))
+    assert low <= drift.copy_distance <= high
+
+
+@pytest.mark.parametrize(
+    "config, growth, name, tamper, laws",
+    [
+        (DENSE, Widen(2), "blocks.1.attn.o_proj.weight", lambda w: w.mul_(1.5), ALL_LAWS),
+        (DENSE, Widen(2), "norm.weight", lambda w: w.fill_(math.nan), ALL_LAWS),
+        (DENSE, Widen(2), "embed.weight", lambda w: w[0, 0].fill_(math.inf), ALL_LAWS),
+        (MOE, Deepen(1), "blocks.2.attn.o_proj.weight", lambda w: w.fill_(0.1), ALL_LAWS),
+        (DENSE, Upcycle(4), "blocks.0.moe.up_proj", lambda w: w[1].mul_(2), ALL_LAWS),
+        (MOE, Widen(2), "blocks.0.moe.router.weight", lambda w: w.neg_(), "loss routing weights"),
+        (ONE_LAYER, Upcycle(4), "blocks.0.moe.router.weight", torch.zero_, "spread"),
+    ],
+)
+def test_a_weight_that_breaks_the_function_is_named_with_each_limit(
+    config, growth, name, tamper, laws
+):
+    broken = limits_broken_by(tamper, config, growth, name)
+    assert broken and all(law in broken for law in laws.split())
+
+
+@for_each_config
+def test_growing_a_model_that_holds_a_nan_is_an_error(config):
+    old = random_state(config)
+    old.weights["blocks.0.attn.v_proj.weight"][0, 0] = math.nan
+    with pytest.raises(GrowthError, match="a logit moved by nan") as raised:
+        grow(old, Deepen(1), windows(config))
+    assert raised.value.drift.to_json()["max_logit_diff"] is None, "which JSON can hold"
+
+
+def test_the_error_says_what_moved_and_how_far_it_may():
+    zero = Widen(2, tolerance=Tolerance(max_logit_drift=0.0))
+    with pytest.raises(GrowthError, match=r"^Widen .* a logit moved by .*max_logit_drift: 0\)"):
+        grow(random_state(DENSE, torch.float32), zero, windows(DENSE))
+    with pytest.raises(InputError, match="already has"):
+        grow(random_state(MOE), Upcycle(), windows(MOE))
+
+
+def test_a_moved_logit_and_a_moved_loss_are_told_apart():
+    old = probe_output()
+    logits, loss = old.logits_BTV.clone(), old.loss_BT.clone()
+    logits[3, 200, 2] -= 0.01
+    loss[1, 7] += 1.0
+    assert drift_and_broken_limits(old, old)[1] == []
+    assert drift_and_broken_limits(old, old._replace(logits_BTV=logits))[1] == [
+        "a logit moved by 0.01 (max_logit_drift: 0.001)"
+    ]
+    (broken,) = drift_and_broken_limits(old, old._replace(loss_BT=loss))[1]
+    assert broken.startswith("the loss moved by 0.000977")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_one_flipped_token_in_a_thousand_excuses_itself_and_what_follows_in_its_window(layer):
+    old = probe_output()
+    new = rerouted(old, (2, layer, 100))
+    logits = new.logits_BTV.clone()
+    logits[2, 100:, 3] += 5
+    drift, broken = drift_and_broken_limits(old, new._replace(logits_BTV=logits))
+    assert (drift.flipped, drift.max_logit_diff, broken) == (1, 0, [])
+    for window, position in [(2, 99), (1, 100), (3, 255)]:
+        logits = new.logits_BTV.clone()
+        logits[window, position, 3] += 5
+        drift, broken = drift_and_broken_limits(old, new._replace(logits_BTV=logits))
+        assert drift.max_logit_diff == 5 and "a logit moved" in broken[0]
+    loss = new.loss_BT.clone()
+    loss[2, 150] += 1
+    _, broken = drift_and_broken_limits(old, new._replace(loss_BT=loss))
+    assert "the loss moved" in broken[0]
+
+
+def test_more_flipped_tokens_than_one_in_a_thousand_are_not_excused():
+    old = probe_output()
+    drift, _ = drift_and_broken_limits(old, rerouted(old, (0, 0, 9), (0, 1, 9)))
+    assert drift.flipped == 1, "one token in two layers"
+    drift, broken = drift_and_broken_limits(old, rerouted(old, (0, 0, 9), (3, 1, 9)))
+    assert drift.flipped == 2 and "the routing of 2 probe tokens changed" in broken[0]
+
+
+def test_routing_is_compared_in_the_layers_that_both_models_have():
+    before, after = probe_output(layers=2), probe_output(layers=3)
+    after.expert_ids_BLTC[:, [0, 2]] = before.expert_ids_BLTC
+    assert drift_and_broken_limits(before, after, [0, None, 1])[0].flipped == 0
+    assert drift_and_broken_limits(before, after, [0, 1, None])[0].flipped > 500
+
+
+@pytest.mark.parametrize(
+    "growth, blocks",
+    [
+        (Deepen(2), [0, None, 1, None]),
+        (Deepen(1, "end"), [0, 1, None]),
+        (Deepen(1, "end", "copy"), [0, 1, None]),
+        (Widen(2), [0, 1]),
+    ],
+)
+def test_a_plan_tells_which_old_block_each_new_one_is(growth, blocks):
+    assert match_plan_blocks(make_plan(MOE, growth)[1]) == blocks
