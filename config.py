@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from math import inf
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -113,8 +114,8 @@ class Range(NamedTuple):
         return self.low <= value <= self.high and value not in self.exclude
 
     def __str__(self) -> str:
-        low = f"{'above' if self.low in self.exclude else 'at least'} {self.low:g}"
-        high = f" and {'below' if self.high in self.exclude else 'at most'} {self.high:g}"
+        low = f"{'above' if self.low in self.exclude else 'at least'} {self.low}"
+        high = f" and {'below' if self.high in self.exclude else 'at most'} {self.high}"
         return low + (high if self.high < sys.float_info.max else "")
 
 
@@ -126,7 +127,15 @@ Fraction = Annotated[float, Range(0, 1)]
 Decay = Annotated[float, Range(0, 1, exclude=(1,))]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 UNIONS = (Union, UnionType)
-TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+TYPE_NAMES = {
+    NoneType: "None",
+    bool: "True or False",
+    dict: "a dictionary",
+    float: "a finite number",
+    int: "a whole number",
+    Path: "a path (pathlib.Path)",
+    str: "text",
+}
 
 
 @cache
@@ -147,19 +156,19 @@ def accepts(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint in (int, float):
-        numbers = int if hint is int else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool)
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     return isinstance(value, get_origin(hint) or hint)
 
 
-def described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A declared type, as an error message names it."""
     if get_origin(hint) is Annotated:
         base, allowed = get_args(hint)
         return f"{TYPE_NAMES[base]}, {allowed}"
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    return "None" if hint is NoneType else TYPE_NAMES.get(hint) or hint.__name__
+    kind = get_origin(hint) or hint
+    return TYPE_NAMES.get(kind) or f"{kind.__name__}(...)"
 
 
 def check_fields(config: Any, section: str = "") -> None:
@@ -168,7 +177,7 @@ def check_fields(config: Any, section: str = "") -> None:
     for name, hints in field_types(type(config)).items():
         value = getattr(config, name)
         if not any(accepts(hint, value) for hint in hints):
-            wanted = ", or ".join(map(described, hints))
+            wanted = ", or ".join(map(describe_type, hints))
             raise InputError(f"{section}{name} = {value!r} must be {wanted}")
 
 
@@ -220,7 +229,7 @@ class ModelConfig:
     """Context in tokens."""
     num_experts: NonNegativeInt = 0
     """Experts in each layer. 0 makes a dense model."""
-    top_k: PositiveInt = 2
+    top_k: NonNegativeInt = 2
     """Experts that each token visits. A dense model ignores it."""
     position_embedding: Literal["rope", "learned"] = "rope"
     """`rope` rotates queries and keys by their position; `learned` adds a learned embedding."""
@@ -253,8 +262,9 @@ class ModelConfig:
             else f"rotary positions need an even head size, not model.head_dim = {self.head_dim}",
         )
         require(
-            not self.num_experts or self.top_k <= self.num_experts,
-            f"model.top_k = {self.top_k} must be at most model.num_experts = {self.num_experts}",
+            not self.num_experts or 1 <= self.top_k <= self.num_experts,
+            f"model.top_k = {self.top_k} must be between 1 and "
+            f"model.num_experts = {self.num_experts}",
         )
 
     @property
@@ -298,10 +308,10 @@ class Tolerance:
     """How far a growth may move the model's function on the probe batch, in float32, before the
     run stops. None takes the operator's own limit."""
 
-    max_logit_drift: Annotated[float, Range(0, inf)] | None = None
+    max_logit_drift: NonNegativeFloat | None = None
     """Largest |logit difference|. None: 1e-4 where the function is kept, 1e-3 for widening, whose
     noise cancels up to rounding, and no limit where the function changes."""
-    max_loss_drift: Annotated[float, Range(0, inf)] | None = None
+    max_loss_drift: NonNegativeFloat | None = None
     """Largest change of the loss in nats per token. None: 1e-4 where the function is kept, and 2
     where it changes, four times what re-initialising half of each expert cost (docs/growth.md)."""
 
@@ -469,7 +479,8 @@ class TrainingConfig:
     taken over each micro-batch, not over the whole batch. None processes the batch at once."""
     low_memory: bool = False
     """Train with FlashAdamW (24-bit weights, 8-bit moments; needs flashoptim and CUDA): 7 bytes a
-    parameter instead of 14. Between phases Adam's 8 bytes a parameter lie on the CPU."""
+    parameter in place of the fused kernels' 14. Between phases Adam's state, 8 bytes a parameter,
+    lies on the CPU."""
     fused_kernels: bool = True
     """Use Triton kernels for bf16 on CUDA, and a bf16 copy of the weights that is cast once a step.
     Off uses torch's own operations under autocast."""
@@ -578,7 +589,7 @@ class Run:
     seed: Seed = 0
     """Seed of the initial weights, the batches, the noise of growth and the samples."""
     device: str = "auto"
-    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the training step; weights and optimizer are float32. `auto` takes bf16 on CUDA
     and on CPUs that compute it natively (AVX512-BF16, AMX)."""
@@ -594,6 +605,8 @@ class Run:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name, phase in self.phases.items():
+            require(isinstance(phase, Phase), f"phases[{name!r}] = {phase!r} must be Phase(...)")
         require(
             not (self.resume and self.overwrite), "resume goes on with what overwrite would remove"
         )

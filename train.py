@@ -11,15 +11,17 @@ import sys
 from config import Run
 from utils.checkpoint.run_dir import is_finished
 from utils.runtime.cli import parse_run, run_command
-from utils.training.context import finish_run, open_run, prepare_run
+from utils.training.context import announce_run, check_run, finish_run, open_run, prepare_run
 from utils.training.phase import grow_and_verify, save_phase, train_phase
 
 
 def main(run: Run) -> None:
     """Trains every phase of a run, or those that are left of it."""
+    init_source = check_run(run)  # every setting, before any work
     if run.resume and not run.dry_run and is_finished(run.out):
         return finish_run(run)
-    setup = prepare_run(run)  # every check, the tokens, and the table of phases
+    setup = prepare_run(init_source)  # the tokens, and what follows from them
+    announce_run(setup)
     if run.dry_run:
         return None
     with open_run(setup) as context:  # the folder's lock, the history, the last resume point
@@ -29,7 +31,7 @@ def main(run: Run) -> None:
                 state = grow_and_verify(state, phase, context)  # probe check: did it stay the same?
             state = train_phase(state, phase, context, progress)
             save_phase(state, phase, context)
-    return finish_run(setup.run)
+    return None
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ class Router(nn.Module):
             weight_NC = top_NC.softmax(-1)
             count_E = count_choices(expert_ids_NC, len(self.weight)).to(logits_NE.dtype)
             share_E = count_E / len(x_ND)
-            balance = len(self.weight) * (share_E * logits_NE.softmax(-1).mean(0)).sum()
+            load_balance_loss = len(self.weight) * (share_E * logits_NE.softmax(-1).mean(0)).sum()
             return weight_NC, Routing(
                 expert_ids_NC=expert_ids_NC,
                 load_E=share_E / self.top_k,
-                load_balance_loss=balance,
+                load_balance_loss=load_balance_loss,
                 z_loss=logits_NE.logsumexp(-1).square().mean(),
                 logits_NE=logits_NE.detach(),
             )

@@ -71,6 +71,7 @@ def imported_modules(tree: ast.AST) -> set[str]:
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "a relative import hides where it goes"
             module = node.module or ""
             # `from utils.text import sources` imports the module utils.text.sources.
             submodules = {f"{module}.{alias.name}" for alias in node.names}
@@ -112,6 +113,17 @@ def test_an_import_that_goes_up_is_noticed(line):
     assert upward_imports(ROOT / "utils" / "metrics" / "history.py", line)
 
 
+def test_no_import_hides_from_these_tests():
+    hidden = ("import_module", "__import__")
+    names = {
+        (module_name(path), getattr(node, "attr", getattr(node, "id", "")))
+        for path in source_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    assert not [(module, name) for module, name in names if name in hidden]
+
+
 def test_no_file_imports_a_command():
     found = {
         (module_name(path), imported)
@@ -151,15 +163,8 @@ def test_every_public_function_and_class_says_what_it_is():
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree) or path.name == "__init__.py", f"{path} has no docstring"
         for node in tree.body:
-            is_kernel = (
-                isinstance(node, ast.FunctionDef)
-                and node.decorator_list
-                and any(
-                    isinstance(d, ast.Attribute) and d.attr == "jit" for d in node.decorator_list
-                )
-            )
             is_public = isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
-            if is_public and not is_kernel and not ast.get_docstring(node) and node.name != "main":
+            if is_public and not ast.get_docstring(node) and node.name != "main":
                 missing.append(f"{module_name(path)}.{node.name}")
     assert not missing
 

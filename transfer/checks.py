@@ -72,10 +72,10 @@ class FunctionDrift:
         return max(1, MAX_FLIPPED_SHARE * self.probe_tokens)
 
     def __str__(self) -> str:
-        idle = "; an expert gets no token of the probe" if self.load_min == 0 else ""
+        unused = "; an expert gets no token of the probe" if self.load_min == 0 else ""
         return (
             f"loss {self.loss_after:.6f} (moved by {self.loss_drift:.1e}), "
-            f"logits within {self.max_logit_diff:.1e}{idle}"
+            f"logits within {self.max_logit_diff:.1e}{unused}"
         )
 
     def to_json(self) -> dict[str, float | None]:
@@ -215,9 +215,17 @@ def grow(
     return new, drift
 
 
-def broken_limits(drift: FunctionDrift, growth: Growth) -> list[str]:
-    """Returns one phrase for each limit that is exceeded. NaN exceeds every limit."""
-    logit_limit, loss_limit = resolve_tolerance(growth)
+def broken_limits(
+    drift: FunctionDrift, growth: Growth, tolerance: tuple[float, float] | None = None
+) -> list[str]:
+    """Returns one phrase for each limit that is exceeded. NaN exceeds every limit.
+
+    Args:
+        drift: What was measured.
+        growth: The growth that is judged.
+        tolerance: Largest |logit difference| and change of the loss; None takes the growth's own.
+    """
+    logit_limit, loss_limit = tolerance or resolve_tolerance(growth)
     limits: dict[str, tuple[float, float]] = {
         "a logit moved by {:.3g} (max_logit_drift: {:g})": (drift.max_logit_diff, logit_limit),
         "the loss moved by {:.3g} (max_loss_drift: {:g})": (abs(drift.loss_drift), loss_limit),

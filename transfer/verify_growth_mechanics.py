@@ -228,9 +228,9 @@ def compare_checkpoints(before: Path, after: Path) -> bool:
             print(f"{name:<18}{value:.6g}")
     # Each growth may move the loss by its own limit, and a logit by the largest of their limits.
     limits = [resolve_tolerance(growth) for growth in growths or [Deepen(0)]]
-    tolerance = Tolerance(max(logit for logit, _ in limits), sum(loss for _, loss in limits))
+    tolerance = max(logit for logit, _ in limits), sum(loss for _, loss in limits)
     loosest = max(growths, key=lambda growth: resolve_tolerance(growth)[0], default=Deepen(0))
-    broken = broken_limits(drift, replace(loosest, tolerance=tolerance))
+    broken = broken_limits(drift, loosest, tolerance)
     print("\n".join(broken))
     return not broken
 
@@ -239,8 +239,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, metavar="A.pt")
-    parser.add_argument("--after", type=Path, metavar="B.pt")
+    parser.add_argument("--before", type=Path, metavar="A.pt", help="the smaller checkpoint")
+    parser.add_argument("--after", type=Path, metavar="B.pt", help="what it has grown into")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a second thread slows models as small as these down
     if (args.before is None) != (args.after is None):

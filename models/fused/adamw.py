@@ -48,6 +48,7 @@ def chunk_size(size_ptr, row, WIDE: tl.constexpr):
 def square_kernel(
     table_ptr, size_ptr, square_ptr, DTYPE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """Sums the squared gradients of one chunk."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     here = at < chunk_size(size_ptr, row, WIDE)

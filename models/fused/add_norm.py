@@ -20,6 +20,7 @@ def add_norm_kernel(
     x_ptr, delta_ptr, gain_ptr, sum_ptr, h_ptr, scale_ptr, width, eps,
     HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Adds and norms one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -41,6 +42,7 @@ def add_norm_backward_kernel(
     grad_h_ptr, grad_sum_ptr, sum_ptr, scale_ptr, gain_ptr, grad_ptr, grad_gain_ptr, rows, width,
     HAS_GRAD_SUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Computes the gradients of some rows, and what they add to the gain's gradient."""
     cols = tl.arange(0, BLOCK)
     mask = cols < width
     gain = tl.load(gain_ptr + cols, mask, other=0.0)

@@ -40,6 +40,7 @@ def load_head(from_ptr, position, stride, length, SIZE: tl.constexpr, EVEN: tl.c
 
 @triton.jit
 def store_head(to_ptr, x, position, stride, length, SIZE: tl.constexpr):
+    """Stores one head of a block of tokens."""
     at = to_ptr + position[:, None] * stride + tl.arange(0, SIZE)[None, :]
     tl.store(at, x.to(to_ptr.dtype.element_ty), (position < length)[:, None])
 

@@ -13,6 +13,7 @@ they are, cuBLAS falls back to slow kernels."""
 
 @triton.jit
 def load_last(logits_ptr, at, vocab, stride):
+    """Loads the last block of a row of logits, minus infinity beyond the vocabulary."""
     x = tl.load(logits_ptr + at, at < stride, other=float("-inf")).to(tl.float32)
     return tl.where(at < vocab, x, float("-inf"))
 

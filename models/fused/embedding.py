@@ -19,6 +19,7 @@ def claim_kernel(token_ptr, owner_ptr, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_kernel(grad_ptr, token_ptr, owner_ptr, sum_ptr, width, BLOCK: tl.constexpr):
+    """Adds one position's gradient to the sum of its token."""
     position = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -29,6 +30,7 @@ def sum_kernel(grad_ptr, token_ptr, owner_ptr, sum_ptr, width, BLOCK: tl.constex
 
 @triton.jit
 def add_kernel(sum_ptr, token_ptr, owner_ptr, table_ptr, width, BLOCK: tl.constexpr):
+    """Adds a token's summed gradient to the table's gradient."""
     position = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ptr + position)
     if tl.load(owner_ptr + token) == position:

@@ -23,10 +23,11 @@ ROUTE_ROWS = 64
 
 @triton.jit
 def route_kernel(
-    x_ptr, router_ptr, logits_ptr, chosen_ptr, weight_ptr, count_ptr, prob_ptr, z_ptr,
+    x_ptr, router_ptr, logits_ptr, expert_ids_ptr, weight_ptr, count_ptr, prob_ptr, z_ptr,
     tokens, width, experts,
     CHOICES: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Chooses the experts of a block of tokens, and sums what the losses of the router need."""
     block = tl.program_id(0)
     rows = block * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
@@ -63,14 +64,14 @@ def route_kernel(
     for _ in tl.static_range(CHOICES):
         best = tl.argmax(remaining, 1)
         remaining = tl.where(expert[None, :] == best[:, None], float("-inf"), remaining)
-    is_chosen = (remaining != logits) & here[:, None]
-    chosen_total = tl.sum(tl.where(is_chosen, exp_logits, 0.0), 1)
-    count = tl.sum(is_chosen.to(tl.int32), 0)
+    is_selected = (remaining != logits) & here[:, None]
+    selected_total = tl.sum(tl.where(is_selected, exp_logits, 0.0), 1)
+    count = tl.sum(is_selected.to(tl.int32), 0)
     remaining = logits
     for choice in tl.static_range(CHOICES):
         best = tl.argmax(remaining, 1)
-        weight = tl.exp(tl.max(remaining, 1) - top) / chosen_total
-        tl.store(chosen_ptr + rows * CHOICES + choice, best.to(tl.int64), here)
+        weight = tl.exp(tl.max(remaining, 1) - top) / selected_total
+        tl.store(expert_ids_ptr + rows * CHOICES + choice, best.to(tl.int64), here)
         tl.store(weight_ptr + rows * CHOICES + choice, weight, here)
         remaining = tl.where(expert[None, :] == best[:, None], float("-inf"), remaining)
     tl.store(count_ptr + block * EXPERTS + expert, count)
@@ -78,12 +79,13 @@ def route_kernel(
 
 @triton.jit
 def sort_kernel(
-    chosen_ptr, weight_ptr, count_ptr, prob_ptr, z_ptr,
-    row_ptr, token_ptr, sorted_ptr, ends_ptr, load_ptr, balance_ptr, z_mean_ptr,
+    expert_ids_ptr, weight_ptr, count_ptr, prob_ptr, z_ptr,
+    row_ptr, token_ptr, sorted_ptr, ends_ptr, load_ptr, load_balance_loss_ptr, z_mean_ptr,
     tokens, experts, blocks,
     CHOICES: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """Gives each choice of a block of tokens its row in the order of the experts."""
     block = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
@@ -102,10 +104,10 @@ def sort_kernel(
     each = tl.arange(0, EACH)
     choice = block * ROWS * CHOICES + each
     here = (each < ROWS * CHOICES) & (choice < tokens * CHOICES)
-    chosen = tl.load(chosen_ptr + choice, here, other=0).to(tl.int32)
-    is_chosen = (chosen[:, None] == expert[None, :]) & here[:, None]
-    nth = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-    row = tl.sum(tl.where(is_chosen, nth + first[None, :], 0), 1)
+    expert_id = tl.load(expert_ids_ptr + choice, here, other=0).to(tl.int32)
+    is_selected = (expert_id[:, None] == expert[None, :]) & here[:, None]
+    nth = tl.cumsum(is_selected.to(tl.int32), 0) - 1
+    row = tl.sum(tl.where(is_selected, nth + first[None, :], 0), 1)
     tl.store(row_ptr + choice, row, here)
     tl.store(token_ptr + row, choice // CHOICES, here)
     tl.store(sorted_ptr + row, tl.load(weight_ptr + choice, here, other=0.0), here)
@@ -123,16 +125,17 @@ def sort_kernel(
         share = total.to(tl.float32) / tokens
         tl.store(ends_ptr + expert, ends, expert < experts)
         tl.store(load_ptr + expert, share / CHOICES, expert < experts)
-        tl.store(balance_ptr, experts * tl.sum(share * prob) / tokens)
+        tl.store(load_balance_loss_ptr, experts * tl.sum(share * prob) / tokens)
         tl.store(z_mean_ptr, z / tokens)
 
 
 @triton.jit
 def route_backward_kernel(
-    logits_ptr, row_ptr, chosen_ptr, weight_ptr, grad_sorted_ptr, load_ptr,
-    grad_balance_ptr, grad_z_ptr, grad_logits_ptr, tokens, experts,
+    logits_ptr, row_ptr, expert_ids_ptr, weight_ptr, grad_sorted_ptr, load_ptr,
+    grad_load_balance_ptr, grad_z_ptr, grad_logits_ptr, tokens, experts,
     CHOICES: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
+    """Computes the gradient of the router's logits for a block of tokens."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS)
     here = rows < tokens
@@ -146,7 +149,7 @@ def route_backward_kernel(
     log_sum = top + tl.log(total)
 
     share = tl.load(load_ptr + expert, expert < experts, other=0.0) * CHOICES
-    balance = tl.load(grad_balance_ptr) * experts / tokens
+    balance = tl.load(grad_load_balance_ptr) * experts / tokens
     grad = balance * prob * (share[None, :] - tl.sum(prob * share[None, :], 1)[:, None])
     grad += (tl.load(grad_z_ptr) * 2.0 / tokens) * log_sum[:, None] * prob
 
@@ -161,13 +164,14 @@ def route_backward_kernel(
         at_choice = rows * CHOICES + choice
         weight = tl.load(weight_ptr + at_choice, here, other=0.0)
         grad_weight = tl.load(grad_sorted_ptr + tl.load(row_ptr + at_choice, here, other=0), here)
-        is_chosen = tl.load(chosen_ptr + at_choice, here, other=0)[:, None] == expert[None, :]
-        grad += tl.where(is_chosen, (weight * (grad_weight - mean_grad))[:, None], 0.0)
+        is_selected = tl.load(expert_ids_ptr + at_choice, here, other=0)[:, None] == expert[None, :]
+        grad += tl.where(is_selected, (weight * (grad_weight - mean_grad))[:, None], 0.0)
     tl.store(grad_logits_ptr + at, grad, in_table)
 
 
 @triton.jit
 def gather_kernel(x_ptr, token_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """Copies one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -302,7 +306,7 @@ class Experts(torch.autograd.Function):
         return y_ND, routing.load_balance_loss, routing.z_loss, *observed
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor, grad_balance: Tensor, grad_z: Tensor, *_):
+    def backward(ctx, grad_ND: Tensor, grad_load_balance: Tensor, grad_z: Tensor, *_):
         (
             x_ND, router_ED, packed, down, x_MD, gate_up_MF, h_MF,
             logits_NE, expert_ids_NC, weight_NC, row_NC, token_M, weight_M, ends_E, load_E,
@@ -318,7 +322,7 @@ class Experts(torch.autograd.Function):
         tokens, experts = logits_NE.shape
         route_backward_kernel[(triton.cdiv(tokens, ROUTE_ROWS),)](
             logits_NE, row_NC, expert_ids_NC, weight_NC, grad_weight_M, load_E,
-            grad_balance, grad_z, grad_logits_NE, tokens, experts,
+            grad_load_balance, grad_z, grad_logits_NE, tokens, experts,
             CHOICES=expert_ids_NC.shape[1], ROWS=ROUTE_ROWS,
             EXPERTS=triton.next_power_of_2(experts),
         )  # fmt: skip

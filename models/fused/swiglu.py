@@ -12,6 +12,7 @@ from models.precision import PackedProjections, packed_weight
 
 @triton.jit
 def swiglu_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """Computes silu(gate) * up of one row."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < width
@@ -26,6 +27,7 @@ def swiglu_backward_kernel(
     grad_ptr, gate_up_ptr, weight_ptr, grad_gate_up_ptr, grad_weight_ptr, width,
     WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Computes the gradients of gate and up for one row, and of the row's weight if it has one."""
     row = tl.program_id(0).to(tl.int64)
     weight = 1.0
     if WEIGHTED:

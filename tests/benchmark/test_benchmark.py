@@ -170,12 +170,12 @@ def test_the_text_in_a_compressed_file_is_what_counts(tmp_path):
     assert time_tokenization(path, "learned")["mb"] == pytest.approx(len(TEXT) * 2000 / 1e6)
 
 
-def test_works_are_run_in_turn_and_the_warm_up_does_not_count():
-    calls = []
-    works = [lambda: calls.append("a"), lambda: calls.append("b")]
-    seconds = time_in_turn(works, CPU, repeats=2, warm_up=1)
+def test_functions_are_timed_in_turn_and_the_warm_up_does_not_count():
+    order = []
+    functions = [lambda: order.append("a"), lambda: order.append("b")]
+    seconds = time_in_turn(functions, CPU, repeats=2, warm_up=1)
     assert [len(each) for each in seconds] == [2, 2]
-    assert calls == ["a", "b"] * 3
+    assert order == ["a", "b"] * 3
 
 
 def test_columns_that_no_row_has_are_left_out_of_a_table():

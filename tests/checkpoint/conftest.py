@@ -20,14 +20,14 @@ def start_run() -> StartRun:
     return make_start_run()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed_run(tmp_path_factory) -> Run:
     steps = {f"steps_phase{number}": steps for number, steps in enumerate((9, 7, 6, 6), 1)}
     training = replace(FOUR_PHASES, **steps, sample_tokens=4, checkpoint_every="2")
     return small_run(tmp_path_factory.mktemp("undisturbed"), training)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def undisturbed(undisturbed_run, start_run) -> Outcome:
     assert wait_for_exit(start_run(undisturbed_run)) == 0
     return read_outcome(undisturbed_run)

@@ -46,10 +46,11 @@ KILLS = {
 STOPS = """
     before utils.text.tokenizer.learn_tokenizer 1, before utils.data.write_tokens 1,
     after utils.text.fast_encode.make_encoder 1, before CONTEXT.RunContext.record_start 1,
-    before STEP 4, after STEP 2, before REPORTER.evaluate 2, before utils.plot.live.plot 1,
-    before WRITE 7, after WRITE 3, after torch.save 1, before PHASE.write_stories 2,
-    before PHASE.grow 1, after PHASE.grow 1, before PHASE.save_model 2,
-    before utils.metrics.history.History.__call__ 5, before CONTEXT.plot 1"""
+    before STEP 4, after STEP 3, after STEP 2, before REPORTER.evaluate 2,
+    before utils.plot.live.plot 1, before WRITE 7, after WRITE 3, after torch.save 1,
+    before PHASE.write_stories 2, before PHASE.grow 1, after PHASE.grow 1,
+    before utils.metrics.history.History.__call__ 5, before PHASE.save_model 1,
+    before CONTEXT.plot 1"""
 ACTIVITIES = """
     prepare_corpus keep save_model plot sample_stories evaluate grow train_step build_optimizer
     latest_point report check_memory record_start train_phase prepare_run main"""

@@ -27,6 +27,7 @@ from config import Run
 from tests.helpers.small_runs import RUN_FILES, comparable_history
 from train import main
 from utils.checkpoint.resume import RESUME_FOLDER
+from utils.metrics.history import HISTORY_FILE, read_history
 from utils.plot import live
 from utils.runtime.cli import run_command
 
@@ -186,4 +187,14 @@ def finish_and_compare(start_run: StartRun, run: Run, undisturbed: Outcome) -> N
     for name, content in outcome.checkpoints.items():
         assert content == undisturbed.checkpoints[name], f"{name} has other bits"
     assert outcome.history == undisturbed.history
+    assert_phases_last_from_their_first_line_on(run)
     assert {path.name for path in run.out.iterdir()} == RUN_FILES
+
+
+def assert_phases_last_from_their_first_line_on(run: Run) -> None:
+    """Asserts that the time of a phase includes what it took before the run was stopped."""
+    events = read_history(run.out / HISTORY_FILE)
+    for trained in (event for event in events if event.get("trained")):
+        times = [e["wall_s"] for e in events if e.get("phase") == trained["phase"]]
+        *_, last_before, _ = times
+        assert last_before - times[0] <= trained["phase_s"] <= trained["wall_s"]

@@ -301,7 +301,7 @@ def test_every_growth_is_judged_and_every_evaluation_shows_its_load():
             mesh = load[column].collections[0].get_array()
             experts = 4 * 2 * (column + 1)
             assert mesh.shape == (experts, steps // 100 + 1)
-            assert load[column].get_xlabel() == f"{column + 1} of {experts} are idle"
+            assert load[column].get_xlabel() == f"{column + 1} of {experts} underused"
 
 
 def test_the_load_of_experts_that_are_all_used_is_described_by_its_extremes():

@@ -17,7 +17,7 @@ def base_run(tmp_path_factory) -> Run:
     return replace(small_run(tmp_path_factory.mktemp("training")), seed=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(base_run, tmp_path_factory) -> Run:
     """That run, finished."""
     run = replace(base_run, out=tmp_path_factory.mktemp("finished") / "run")

@@ -20,7 +20,7 @@ from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.plot.figure import make_figure
 from utils.runtime.atomic_io import save_tensors
 from utils.runtime.errors import RunStopped
-from utils.training.context import open_run, prepare_run
+from utils.training.context import check_run, open_run, prepare_run
 from utils.training.phase import PROMPTS, grow_and_verify
 
 GROWTHS = {
@@ -40,7 +40,7 @@ def test_what_a_growth_draws_follows_from_the_runs_seed(growth, base_run, tmp_pa
         phases = {"dense": Phase(steps=0), "grown": Phase(growth, steps=0)}
         run = replace(base_run, training=TRAINING, phases=phases, seed=seed, out=tmp_path / name)
         state = TrainState(MODEL, {name: weight.clone() for name, weight in start.items()})
-        with open_run(prepare_run(run)) as context:
+        with open_run(prepare_run(check_run(run))) as context:
             return grow_and_verify(state, context.phases[1], context).weights
 
     one, again, other = grow_with(0, "one"), grow_with(0, "again"), grow_with(1, "other")

@@ -67,7 +67,7 @@ def random_state(config):
     return perturbed(TrainState.from_model(SLM(config).double()))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(chains())
 def test_a_chain_of_growths_keeps_the_function(case):
     config, chain = case
@@ -76,7 +76,7 @@ def test_a_chain_of_growths_keeps_the_function(case):
     assert_function_is_kept(old, grow_by(old, *chain), TOLERANCE)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(chains())
 def test_moments_become_those_that_the_bigger_model_would_have_had(case):
     """Without noise, and where all experts see all tokens alike, Adam's moments of one gradient

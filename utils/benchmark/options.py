@@ -46,18 +46,18 @@ class BenchmarkOptions:
     startup: bool = False
     """Measure the time from starting train.py to the end of its first step, with cached tokens."""
     source: str = "builtin"
-    """Text for --startup, the data.source of train.py."""
+    """The text that --startup trains on, as for data.source of train.py."""
     tokenizer: str = "auto"
-    """Tokenizer for --startup and --tokenize, the data.tokenizer of train.py."""
+    """The tokenizer of --startup and --tokenize, as for data.tokenizer of train.py."""
     json: Path | None = None
     """Write all that is measured into this .json file, as one object."""
     device: str = "auto"
-    """auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the training step, the precision of train.py."""
+    """Precision of the training step, as for precision of train.py."""
     cuda_graph: Literal["auto", "off"] = "auto"
-    """The training.cuda_graph of train.py. `off` launches the step operation by operation; its
-    components are timed as graphs all the same."""
+    """Whether the step runs as one CUDA graph, as for training.cuda_graph of train.py. `off`
+    launches the step operation by operation; its components are timed as graphs all the same."""
     repeats: PositiveInt = 20
     """Timed runs of each measurement, whose median counts."""
     warm_up: NonNegativeInt = 5

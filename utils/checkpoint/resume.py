@@ -36,8 +36,8 @@ TOLERANCE = ".tolerance."
 
 
 class TrainingProgress(NamedTuple):
-    """A moment between two optimizer steps, before anything is logged or evaluated after the first
-    of them: whoever goes on from here does what the run would have done."""
+    """A point of a run between two optimizer steps, before anything is logged or evaluated after
+    the first of them: going on from here does what the run would have done."""
 
     phase: int
     """Number of the phase; 0 before the first."""
@@ -54,7 +54,7 @@ class TrainingProgress(NamedTuple):
     def start_of(
         cls, phase: int, history_bytes: int = 0, phase_started_s: float = 0.0
     ) -> "TrainingProgress":
-        """Returns the moment before the first step of a phase."""
+        """Returns the point before the first step of a phase."""
         return cls(phase, 0, AccumulatorState.empty(), history_bytes, phase_started_s)
 
     def is_inside(self, phase: ResolvedPhase) -> bool:
@@ -63,7 +63,7 @@ class TrainingProgress(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """Name of this moment's resume point; names sort by time."""
+        """Name of the resume point's file; names sort by time."""
         return f"phase{self.phase:03d}-step{self.step:08d}.pt"
 
 
@@ -123,7 +123,7 @@ class ResumeCheckpointer:
         history: History,
         kept: TrainingProgress | None = None,
     ):
-        """`kept` is the moment of which there is a point already."""
+        """`kept` is the progress of which there is a resume point already."""
         self.out, self.fingerprint, self.history = run.out, fingerprint, history
         every = run.training.checkpoint_every
         self.every_steps = None if every.endswith("min") else int(every)

@@ -1,5 +1,5 @@
-"""The folder that a run writes: what may be written there, by whom, and what is said of the
-code."""
+"""The folder that a run writes: whether it may be written, by which process, how to go on there,
+and the versions of the code that writes it."""
 
 import os
 import platform

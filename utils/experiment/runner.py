@@ -19,8 +19,9 @@ from utils.experiment.report import format_report
 from utils.experiment.variants import Experiment
 from utils.metrics.history import HISTORY_FILE, History, read_history, run_record
 from utils.optim.adamw import place_state
+from utils.schedule.memory import check_memory
 from utils.schedule.phases import resolve_phases
-from utils.training.context import RunContext, RunSetup, prepare_run
+from utils.training.context import RunContext, RunSetup, check_run, prepare_run
 from utils.training.phase import grow_and_verify, save_phase, train_phase
 
 WITHOUT_EFFECT = (
@@ -38,7 +39,8 @@ def run_experiment(experiment: Experiment) -> None:
         RunStopped: if a run cannot go on.
     """
     # Nothing is written into `out` itself but folders, so that it may hold another run.
-    setup = prepare_run(replace(experiment.base_run(), dry_run=True))
+    setup = prepare_run(check_run(replace(experiment.base_run(), dry_run=True)))
+    check_memory(setup.phases, setup.run, setup.device)
     run = replace(experiment.run, model=setup.run.model, data=setup.run.data)
     experiment = replace(experiment, run=run)
     runs = experiment.variant_runs()
@@ -75,7 +77,7 @@ def trunk_state(setup: RunSetup) -> TrainState:
                 trunk = setup._replace(phases=phases)
                 context = RunContext.from_setup(trunk, history, checkpointer)
                 state, progress = context.start()
-                for phase in context.phases_from(progress):
+                for phase in context.phases_from(progress):  # from the first: no point is used
                     if phase.growth:
                         state = grow_and_verify(state, phase, context)
                     state = train_phase(state, phase, context, progress)
@@ -114,4 +116,5 @@ def is_trained(setup: RunSetup) -> bool:
         {name: value for name, value in flat.items() if not name.startswith(WITHOUT_EFFECT)}
         for flat in (flatten_settings(record.get("config", {})), flatten_settings(wanted))
     )
-    return before == now and record["fingerprint"] == setup.corpus.fingerprint
+    sources = setup.corpus.fingerprint, setup.init_source.fingerprint or None
+    return before == now and sources == (record["fingerprint"], record["init_fingerprint"])

@@ -83,9 +83,13 @@ EXPERIMENTS = {
 class Experiment:
     """python -m utils.experiment NAME [PRESET] [--field value ...]
 
-    NAME: noise, upcycle, depth, optimizer, lr. Variants that are finished already are not run
-    again, nor those that come to the same growth as an earlier one (a single new block has only so
-    many places).
+    Compares choices at one growth. NAME is `noise` (how large the noise of widening is), `upcycle`
+    (how experts and routers start), `depth` (where new blocks go, and whether they are identities
+    or copies), `optimizer` (what happens to Adam's state) or `lr` (whether rates are scaled).
+
+    Variants that are finished already are not run again, nor those that come to the same growth as
+    an earlier one (a single new block has only so many places). A variant that was stopped starts
+    again, so `run.resume`, `run.overwrite`, `run.dry_run` and `run.tracker` have no effect.
     """
 
     name: str = "noise"

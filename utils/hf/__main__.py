@@ -13,4 +13,8 @@ from utils.runtime.cli import run_command
 
 if __name__ == "__main__":
     commands = {"export": export_checkpoint, "import": import_model, "grow": grow_folder}
-    run_command(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m utils.hf"))
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            commands, prog="python -m utils.hf", description=(__doc__ or "").splitlines()[0]
+        )
+    )

@@ -55,9 +55,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False
     )
     weight_bytes = sum(weight.nbytes for weight in saved.weights.values())
     with new_model_folder(folder, overwrite, weight_bytes) as part:
-        write_model(part, saved.config, dict(saved.weights), hf_config, card)
+        write_model(part, saved.config, saved.weights, hf_config, card)  # empties the weights
         write_tokenizer(part, saved)
-        drift = check_parity(part, saved)
+        drift = check_parity(part, load_checkpoint(checkpoint))
     architecture, model = hf_config["architectures"][0], describe_model(saved.config)
     print(f"{folder}: {architecture}, {model}, {weight_bytes / 1e9:.3g} GB")
     print(

@@ -93,14 +93,14 @@ def draw_expert_load(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit:
     row[0].locator_params(axis="y", integer=True)
     row[0].invert_yaxis()
     bar = row[0].figure.colorbar(ScalarMappable(norm, colors), ax=row, pad=0.01, ticks=[0, 1, 2])
-    bar.ax.set_yticklabels(["idle", "even", "twice"])
+    bar.ax.set_yticklabels(["none", "even", "twice"])
 
 
 def describe_load(load: np.ndarray) -> str:
     """Returns how evenly the experts are used, given the load of each, where 1 is an even share."""
-    idle = int((load < UNDERUSED_SHARE).sum())
+    underused = int((load < UNDERUSED_SHARE).sum())
     shares = f"{load.min():.2f} to\n{load.max():.2f} of an even share"
-    return f"{idle} of {load.size} are idle" if idle else f"all used, {shares}"
+    return f"{underused} of {load.size} underused" if underused else f"all used, {shares}"
 
 
 def draw_distances(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str) -> None:

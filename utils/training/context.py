@@ -117,9 +117,15 @@ class RunContext:
             resume_point=resume_point,
         )
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Sequences to evaluate at a time: a low-memory run must not need more for that than for a
+        step of one sequence."""
+        return 2 if self.run.training.low_memory else 8
+
     def start(self) -> tuple[TrainState, TrainingProgress]:
-        """Returns the state and the moment from which the run goes on: those of its last resume
-        point, or the initial ones, which it records."""
+        """Returns the state and the progress from which the run goes on: those of its last resume
+        point, or the initial ones, whose start it records."""
         if self.resume_point is None:
             self.record_start()
             state = self.init_source.initial_state(self.run.model)
@@ -168,9 +174,9 @@ class RunContext:
         )
 
 
-def prepare_run(run: Run) -> RunSetup:
-    """Checks a run, makes its tokens, and prints what it will do. Nothing is written into its
-    folder.
+def check_run(run: Run) -> InitSource:
+    """Checks every setting of a run, before any work. Returns where its weights come from, with the
+    run as that source settles it.
 
     Raises:
         InputError: naming the field, for anything that the run cannot be.
@@ -178,26 +184,42 @@ def prepare_run(run: Run) -> RunSetup:
     device = choose_device(run.device)
     reuse_memory_and_kernels()
     init_source = InitSource.from_run(run)
-    run = init_source.run
-    phases = resolve_phases(run)  # every phase is checked before any work
-    check_step_options(run, phases, device)
+    phases = resolve_phases(init_source.run)
+    check_step_options(init_source.run, phases, device)
     if not run.dry_run:
         check_run_dir(run, [name for phase in phases for name in phase.checkpoint_files])
+    return init_source
+
+
+def prepare_run(init_source: InitSource) -> RunSetup:
+    """Makes the tokens of a checked run, and settles what follows from them.
+
+    Raises:
+        InputError: if the text cannot be read, or is too short.
+    """
+    run = init_source.run
     corpus = prepare_corpus(run.data, run.model.vocab_size, tqdm.write)
     check_corpus_length(corpus, run.model.seq_len)
     vocab_size = run.model.vocab_size or corpus.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
-    phases = resolve_phases(run)
-    print(run_header(run, phases, corpus, device))
-    check_memory(phases, run, device)
-    check_disk(run.out, phases)
-    return RunSetup(run, phases, corpus, device, init_source)
+    return RunSetup(run, resolve_phases(run), corpus, choose_device(run.device), init_source)
+
+
+def announce_run(setup: RunSetup) -> None:
+    """Prints what a run will do.
+
+    Raises:
+        InputError: if it is expected to need more memory or disk than there is.
+    """
+    print(run_header(setup.run, setup.phases, setup.corpus, setup.device))
+    check_memory(setup.phases, setup.run, setup.device)
+    check_disk(setup.run.out, setup.phases)
 
 
 @contextmanager
 def open_run(setup: RunSetup) -> Iterator[RunContext]:
-    """Holds the run's folder, opens its history and its last resume point, and records its end.
-    Whatever stops the run says how to go on.
+    """Holds the run's folder, opens its history and its last resume point, and finishes the run
+    after the last phase. Whatever stops the run says how to go on.
 
     Raises:
         InputError: if the folder cannot be written, or the run is to be resumed and cannot be.
@@ -216,17 +238,28 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
             yield context
             last = setup.phases[-1]
             history("end", tokens=last.tokens_at(last.steps))
+        write_results(run)
 
 
 def finish_run(run: Run) -> None:
-    """Draws a finished run's curves, removes what only a resumption needs, and prints a summary."""
+    """Finishes a run that has ended, should something be left to do, and prints its summary.
+
+    Raises:
+        InputError: if another run holds the folder.
+    """
+    with lock_run_dir(run.out), explain_how_to_resume(run.out):
+        write_results(run)
+
+
+def write_results(run: Run) -> None:
+    """Draws the curves of a run that has ended, removes what only a resumption needs, and prints a
+    summary."""
     history, picture = run.out / HISTORY_FILE, run.out / PLOT_FILE
     draw = BestEffort(f"drawing {picture}", plot, print)
-    with lock_run_dir(run.out), explain_how_to_resume(run.out):
-        if not is_newer(picture, history):
-            draw([run.out])
-        remove_partial_files(run.out)
-        remove_resume_points(run.out)
+    if not is_newer(picture, history):
+        draw([run.out])
+    remove_partial_files(run.out)
+    remove_resume_points(run.out)
     print(f"\n{run_summary(read_history(history))}")
     if not draw.has_failed:
         print(f"\ncurves: {picture}")

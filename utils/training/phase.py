@@ -35,7 +35,8 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
     with explain_out_of_memory(phase, training.micro_batch_size):
         if training.optimizer_state_on_growth != "carry":
             state.adam.clear()  # in place, so that nobody holds on to it
-        before, old_params = evaluate_fp32(state.model(), context), state.config.num_params
+        before = evaluate_fp32(state.model(), context.valid, context.eval_batch_size)
+        old_params = state.config.num_params
         started, error = context.history.now(), None
         try:
             seed = context.run.seed + phase.number

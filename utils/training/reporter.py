@@ -40,7 +40,7 @@ class PhaseReporter:
 
     @property
     def where(self) -> str:
-        """The moment, as error messages name it."""
+        """The phase and step, as error messages name them."""
         return f"{self.phase}, step {self.step}"
 
     def add_step(self, metrics: Tensor) -> None:
@@ -49,7 +49,7 @@ class PhaseReporter:
         self.step += 1
 
     def advance(self, progress: TrainingProgress) -> TrainingProgress:
-        """Returns the current moment, given an earlier one of the same phase."""
+        """Returns the current progress, given an earlier one of the same phase."""
         length = self.context.history.size()
         return progress._replace(step=self.step, metrics=self.metrics.state(), history_bytes=length)
 
@@ -82,16 +82,16 @@ class PhaseReporter:
     def evaluate(self, optimizer: Optimizer) -> None:
         """Writes an `eval` line, and says on the terminal how the phase goes."""
         context, phase = self.context, self.phase
-        loss, values = evaluate(optimizer.model, context, context.dtype)
+        batch_size = context.eval_batch_size
+        loss, values = evaluate(optimizer.model, context.valid, context.dtype, batch_size)
         check_finite({"valid_loss": loss}, self.where)
         self.last["valid_loss"] = loss
         weights = optimizer.weights()
-        if self.is_settling:
-            values["valid_loss_fp32"] = (
-                loss
-                if context.dtype == torch.float32
-                else evaluate_fp32(layerwise_model(phase.config, weights), context)
-            )
+        if self.is_settling and context.dtype == torch.float32:
+            values["valid_loss_fp32"] = loss
+        elif self.is_settling:
+            model = layerwise_model(phase.config, weights)
+            values["valid_loss_fp32"] = evaluate_fp32(model, context.valid, batch_size)
         event = {"event": "eval", "phase": phase.number, "valid_loss": loss}
         self.events.append(event | values)
         if above := loss_above_growth(self.events, phase.number):
@@ -103,6 +103,6 @@ class PhaseReporter:
             tqdm.write(underused_line(underused))
 
     def record(self, event: str, **values: object) -> None:
-        """Writes a line about this moment into the history."""
+        """Writes a line about this step into the history."""
         tokens = self.phase.tokens_at(self.step)
         self.context.record(self.phase, event, step=self.step, tokens=tokens, **values)
