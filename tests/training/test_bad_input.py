@@ -41,7 +41,7 @@ COMMANDS = {
     "--model.n-heads 3": "model.n_heads = 3 does not divide model.d_model = 32",
     "--model.n-kv-heads 4": "model.n_kv_heads = 4 does not divide model.n_heads = 2",
     "--model.n-heads 32": "rotary positions need an even head size",
-    "--model.num-experts 2 --model.top-k 3": "model.top_k = 3 must be between 1 and model.num_experts",
+    "--model.num-experts 2 --model.top-k 3": "model.top_k = 3 must be between 1 and ",
     "--model.n-layers 0": "model.n_layers = 0 must be a whole number, at least 1",
     "--model.num-experts 4": "phase 2 (moe): ",
     "--training.upcycle.top-k 5": "upcycle.top_k = 5 must be at most upcycle.num_experts = 4",
