@@ -51,7 +51,7 @@ def test_any_field_can_be_overridden_with_hyphens_or_underscores():
     flags = (
         "--training.lr-phase1 1e-2 --training.batch_size_phase3 5 --out a/b "
         "--training.deepen.placement end --training.micro_batch_size None "
-        "--training.widen.tolerance.max-logit-drift inf "
+        "--training.widen.tolerance.max-logit-drift 0.5 "
         "--model.n-kv-heads 1 --model.no-tie-embeddings"
     )
     run, base = parse_run(["tiny", *flags.split()]), tiny()
@@ -61,7 +61,7 @@ def test_any_field_can_be_overridden_with_hyphens_or_underscores():
         "lr_phase1": 1e-2,
         "batch_size_phase3": 5,
         "deepen": Deepen(base.training.deepen.extra_layers, "end"),
-        "widen": replace(widen, tolerance=replace(widen.tolerance, max_logit_drift=float("inf"))),
+        "widen": replace(widen, tolerance=replace(widen.tolerance, max_logit_drift=0.5)),
     }
     assert run.training == replace(base.training, **changes)
     assert run == replace(base, model=run.model, training=run.training, out=Path("a/b"))
