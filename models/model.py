@@ -1,4 +1,5 @@
-"""A pre-norm decoder: exactly a Llama when dense, exactly a Mixtral with experts.
+"""A pre-norm decoder: exactly a Llama (arXiv:2302.13971) when dense, exactly a Mixtral
+(arXiv:2401.04088) with experts. Norms are RMSNorm (arXiv:1910.07467).
 
 Tensors carry their shape as a suffix (x_BTD). B batch, T time, D model, H heads, G key/value heads,
 K head size, F feed-forward, E experts, V vocabulary, C chosen experts, L layers.
@@ -230,7 +231,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Causal self-attention; `kv_heads` key/value heads serve `n_heads` query heads in groups, in
-    order."""
+    order (grouped-query attention, arXiv:2305.13245)."""
 
     PACKED: tuple[str, ...] = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
     packed: nn.Parameter | None

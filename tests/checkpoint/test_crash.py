@@ -152,11 +152,13 @@ def test_a_folder_belongs_to_one_live_run_and_is_free_once_that_is_killed(
 ):
     (pause,) = split_moments("after STEP 4")
     process, deadline = start_run(run, (pause, signal.SIGSTOP)), time.monotonic() + MAX_SECONDS
-    while not resume_points_of(run) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    other = replace(run, out=run.out / ".." / "run", resume=True)
-    assert wait_for_exit(start_run(other)) == 2
-    assert "is being written by another run" in read_output(run, "stderr")
-    process.kill()
+    try:
+        while not resume_points_of(run) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        other = replace(run, out=run.out / ".." / "run", resume=True)
+        assert wait_for_exit(start_run(other)) == 2
+        assert "is being written by another run" in read_output(run, "stderr")
+    finally:
+        process.kill()
     assert wait_for_exit(process) == -signal.SIGKILL
     finish_and_compare(start_run, run, undisturbed)

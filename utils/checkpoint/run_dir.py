@@ -75,7 +75,8 @@ def lock_run_dir(out: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_how_to_resume(out: Path) -> Iterator[None]:
-    """Adds to whatever stops a run how to go on."""
+    """Raises what stops a run again, with how to go on: RunStopped also for an OSError, and Stopped
+    for a signal."""
     try:
         yield
     except OSError as error:
