@@ -30,8 +30,8 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Picks `top_k` experts per token and weighs them by a softmax over those alone, as Mixtral does
-    (arXiv:2401.04088)."""
+    """Picks `top_k` experts per token and weighs them by a softmax over those alone, as Mixtral
+    does (arXiv:2401.04088)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -139,8 +139,8 @@ def check_micro_batch(phase: Phase, micro_batch_size: int | None) -> None:
 
 def flops_per_token(config: ModelConfig) -> int:
     """Returns the floating-point operations of a training step per token: two per multiply-add,
-    forward and twice that backward (arXiv:2204.02311, appendix B). Tables that are only looked up do
-    not count."""
+    forward and twice that backward (arXiv:2204.02311, appendix B). Tables that are only looked up
+    do not count."""
     rows = config.seq_len if config.position_embedding == "learned" else 0
     rows += 0 if config.tie_embeddings else config.vocab_size
     matrix_params = config.num_active_params - rows * config.d_model
