@@ -63,10 +63,17 @@ def checkpointer(tmp_path):
         yield ResumeCheckpointer(replace(RUN, out=tmp_path), FINGERPRINT, history)
 
 
+def load_latest(out):
+    """The last point of this test's run, with nothing to warn of."""
+    point = latest_point(out, FINGERPRINT, pytest.fail)
+    assert point is not None
+    return point
+
+
 def test_what_was_kept_is_loaded_bit_for_bit(checkpointer, tmp_path):
     state = random_train_state(MOE)
     checkpointer.keep(PROGRESS, state)
-    progress, loaded = latest_point(tmp_path, FINGERPRINT, pytest.fail)
+    progress, loaded = load_latest(tmp_path)
     assert_close(progress.metrics, PROGRESS.metrics, rtol=0, atol=0)
     assert progress._replace(metrics=None) == PROGRESS._replace(metrics=None)
     assert loaded.config == MOE and list(loaded.weights) == list(state.weights)
@@ -82,7 +89,7 @@ def test_the_last_points_are_kept_in_order_and_older_ones_removed(checkpointer, 
     names = [path.name for path in resume_points(tmp_path)]
     assert names == ["phase002-step00000000.pt", "phase010-step00000003.pt"]
     assert len(names) == KEPT_POINTS
-    progress, _ = latest_point(tmp_path, FINGERPRINT, pytest.fail)
+    progress, _ = load_latest(tmp_path)
     assert (progress.phase, progress.step) == moments[-1]
 
 
