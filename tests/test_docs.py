@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,7 @@ def field_docs() -> dict[tuple[str, str], str]:
     return {
         (node.name, field.target.id): doc.value.value
         for node in classes
-        for field, doc in zip(node.body, node.body[1:], strict=False)
+        for field, doc in pairwise(node.body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(doc, ast.Expr)
