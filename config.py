@@ -4,6 +4,8 @@ A preset is a function that returns a complete `Run`; every field of it but `pha
 train.py. Presets and the default schedule come first; the classes they are made of follow.
 """
 
+from __future__ import annotations  # so that presets can stand before the classes they return
+
 import re
 import sys
 from dataclasses import dataclass, field, fields, replace
@@ -24,12 +26,12 @@ from typing import (
 )
 
 
-def full() -> "Run":
+def full() -> Run:
     """64 M dense -> 246 M mixture of experts -> 932 M twice as wide -> 1.15 B deeper. One GPU."""
     return Run()
 
 
-def tiny() -> "Run":
+def tiny() -> Run:
     """All four phases in under a minute on a laptop's CPU, on the built-in stories."""
     model = ModelConfig(vocab_size=0, d_model=64, n_layers=3, n_heads=2, d_ff=176, seq_len=128)
     training = TrainingConfig(
@@ -57,7 +59,7 @@ def tiny() -> "Run":
 PRESETS = {preset.__name__: preset for preset in (full, tiny)}
 
 
-def four_phases(training: "TrainingConfig") -> dict[str, "Phase"]:
+def four_phases(training: TrainingConfig) -> dict[str, Phase]:
     """The default schedule: dense, mixture of experts, wider, deeper. Each phase says how the model
     of the phase before grows into its own."""
     return {
@@ -278,7 +280,7 @@ class ModelConfig:
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
     @classmethod
-    def from_dict(cls, values: dict) -> "ModelConfig":
+    def from_dict(cls, values: dict) -> ModelConfig:
         """The inverse of `asdict`; a missing field takes its default."""
         scaling = RopeScaling(**values.get("rope_scaling", {}))
         return cls(**{**values, "rope_scaling": scaling})

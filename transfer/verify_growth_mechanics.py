@@ -240,7 +240,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", type=Path, metavar="A.pt", help="the smaller checkpoint")
-    parser.add_argument("--after", type=Path, metavar="B.pt", help="what it has grown into")
+    parser.add_argument(
+        "--after",
+        type=Path,
+        metavar="B.pt",
+        help="what it has grown into, before training, such as moe_model_init.pt",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)  # a second thread slows models as small as these down
     if (args.before is None) != (args.after is None):
