@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from config import PRESETS, DataConfig, InputError, Phase, TrainingConfig, tiny
+from config import PRESETS, InputError, Phase, TrainingConfig, tiny
+from tests.helpers.small_runs import small_run
 from utils.experiment.report import format_report
 from utils.experiment.runner import run_experiment
 from utils.experiment.variants import EXPERIMENTS, Experiment, parse_experiment
@@ -13,15 +14,12 @@ from utils.metrics.history import HISTORY_FILE, read_history, select_events
 
 STEPS = {f"steps_phase{i}": 2 for i in range(1, 5)}
 TRAINING = replace(tiny().training, **STEPS, log_every=1, eval_tokens=300, sample_tokens=0)
-MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
 
 
 @pytest.fixture
 def small(tmp_path):
-    data = DataConfig("builtin", num_stories=100, cache=tmp_path / "cache")
-    return replace(
-        tiny(), model=MODEL, training=TRAINING, data=data, out=tmp_path / "out", device="cpu"
-    )
+    run = small_run(tmp_path, TRAINING)
+    return replace(run, data=replace(run.data, num_stories=100))
 
 
 def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(small, capsys):

@@ -1,8 +1,5 @@
-import os
-import subprocess
-import sys
-
 from models import SLM, meta_model
+from tests.helpers.scripts import run_script
 from tests.helpers.small_models import for_each_config
 
 
@@ -27,10 +24,4 @@ assert "torch._dynamo" not in sys.modules, "seconds of every start"
 
 
 def test_a_meta_model_does_not_load_torchs_compiler():
-    done = subprocess.run(
-        [sys.executable, "-c", MAKE_META_MODELS],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(MAKE_META_MODELS)

@@ -1,8 +1,5 @@
 """The choice between plain operations and others: on a CPU nothing of models/fused is touched."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +9,7 @@ import torch.nn.functional as F
 from models import SLM
 from models.cpu_attention import MAX_CPU_CONTEXT, attend_on_cpu
 from models.ops import PLAIN, choose_ops, fused_kernels_available, supports_fused_kernels
+from tests.helpers.scripts import run_script
 from tests.helpers.small_models import DENSE, MOE, for_each_config
 
 CPU = torch.device("cpu")
@@ -31,13 +29,7 @@ assert not {name for name in sys.modules if name.startswith("models.fused")}
 
 
 def test_training_on_a_cpu_loads_no_fused_kernel():
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN_ON_CPU],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_script(TRAIN_ON_CPU)
 
 
 @for_each_config

@@ -30,7 +30,9 @@ stall_monitor.GRACE_S = 20  # a busy machine is not a silent hub
 
 def prepare(cache, tinystories="", damage="", **config):
     hub.TINYSTORIES = tinystories
-    for path in cache.parent.glob(f"hf/hub/*/snapshots/*/{damage}") if damage else []:
+    damaged = list(cache.parent.glob(f"hf/hub/*/snapshots/*/{damage}")) if damage else []
+    assert damaged or not damage, damage
+    for path in damaged:
         path.write_bytes(path.read_bytes().replace(b"e", b"\\xe9", 1))
     warnings = []
     try:

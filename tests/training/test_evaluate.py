@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from config import Deepen, Phase, Upcycle, Widen
+from tests.helpers.small_models import reference_loss
 from tests.helpers.small_runs import MODEL, TRAINING
 from train import main
 from utils.checkpoint.model import load_checkpoint
@@ -37,8 +37,7 @@ def make_windows(text, tokenizer, eos_id, seq_len):
 
 @torch.no_grad()
 def mean_loss(checkpoint, windows):
-    logits = checkpoint.state.model()(windows[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+    return reference_loss(checkpoint.state.model(), windows).item()
 
 
 def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved_models(
@@ -68,7 +67,7 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
         last = [e for e in select_events(events, "eval") if e["phase"] == number][-1]
         assert last["valid_loss"] == pytest.approx(mean_loss(checkpoint, windows), rel=1e-5)
         assert last["valid_loss"] > 1 + mean_loss(checkpoint, train_windows)
-    for grow, before in zip(select_events(events, "grow"), checkpoints, strict=False):
+    for grow, before in zip(select_events(events, "grow"), checkpoints[:-1], strict=True):
         assert grow["loss_before"] == pytest.approx(mean_loss(before, windows[:3]), rel=1e-5)
         assert grow["valid_loss_fp32"] == pytest.approx(mean_loss(before, windows), rel=1e-5)
         assert grow["probe_tokens"] == 3 * MODEL.seq_len

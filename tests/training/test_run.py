@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
 from config import Deepen, InputError, Phase, Upcycle, Widen, resolve_tolerance
+from tests.helpers.small_models import is_identical
 from tests.helpers.small_runs import (
     CHECKPOINTS,
     GROWTHS,
@@ -37,10 +37,6 @@ FIELDS = {
     "checkpoint": "path trained",
     "end": "tokens",
 }
-
-
-def same_weights(one, other):
-    return all(torch.equal(one.weights[name], weight) for name, weight in other.weights.items())
 
 
 def test_a_run_leaves_the_files_that_others_rely_on(finished):
@@ -87,7 +83,7 @@ def test_the_seed_decides_everything_and_overwrite_runs_anew(finished, tmp_path)
     for seed in (1, finished.seed):
         main(replace(finished, out=tmp_path, overwrite=True, seed=seed))
         same = [
-            same_weights(load_checkpoint(finished.out / name), load_checkpoint(tmp_path / name))
+            is_identical(*(load_checkpoint(out / name).state for out in (finished.out, tmp_path)))
             for name in CHECKPOINTS
         ]
         assert same == [seed == finished.seed] * len(CHECKPOINTS)
@@ -99,10 +95,10 @@ def test_random_initial_weights_follow_from_the_seed(base_run, tmp_path):
         phases = {"start": Phase(steps=0)}
         run = replace(base_run, phases=phases, training=TRAINING, seed=seed, out=tmp_path / name)
         main(run)
-        return load_checkpoint(run.out / "start_final.pt")
+        return load_checkpoint(run.out / "start_final.pt").state
 
     one, again, other = start_with(5, "one"), start_with(5, "again"), start_with(6, "other")
-    assert same_weights(one, again) and not same_weights(one, other)
+    assert is_identical(one, again) and not is_identical(one, other)
 
 
 def test_another_order_of_phases_is_other_data_and_no_other_code(train_schedule):

@@ -33,11 +33,11 @@ def random_state(config, dtype=torch.double):
     return TrainState.from_model(random_model(config).to(dtype))
 
 
-def probe_output(layers=2, experts=4, top_k=2):
+def probe_output(layers=2):
     """Returns what a model might compute on 1,024 tokens; all logits and losses are 1."""
     generator = torch.Generator().manual_seed(0)
-    order = torch.rand(B, layers, T, experts, generator=generator).argsort(-1)
-    expert_ids = order[..., :top_k].sort(-1).values
+    order = torch.rand(B, layers, T, 4, generator=generator).argsort(-1)
+    expert_ids = order[..., :2].sort(-1).values
     return ProbeOutput(torch.ones(B, T, V), torch.ones(B, T), expert_ids)
 
 
