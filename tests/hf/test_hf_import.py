@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from config import InputError
@@ -168,6 +169,15 @@ def test_an_index_without_a_map_is_named(hf_folders, tmp_path):
 def test_a_checkpoint_that_cannot_be_written_is_named(hf_folders, tmp_path):
     with pytest.raises(InputError, match=r"cannot be written \(Is a directory\)"):
         import_model(str(hf_folders["llama3"]), tmp_path, overwrite=True)
+
+
+def test_a_folder_that_is_named_learned_brings_its_own_tokenizer(hf_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hf_folders["llama3"], tmp_path / "learned")
+    import_model("learned", Path("a.pt"))
+    saved = Tokenizer.from_str(load_checkpoint(Path("a.pt")).tokenizer)
+    own = Tokenizer.from_file("learned/tokenizer.json")
+    assert saved.get_vocab() == own.get_vocab()
 
 
 IMPORT = """

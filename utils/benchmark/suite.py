@@ -17,7 +17,7 @@ from utils.benchmark.transitions import measure_transitions
 from utils.checkpoint.run_dir import software_versions
 from utils.runtime.atomic_io import atomic_file
 from utils.runtime.cpu import reuse_memory_and_kernels
-from utils.runtime.device import device_name
+from utils.runtime.device import device_name, dtype_name
 
 
 def run_benchmark(options: BenchmarkOptions) -> None:
@@ -32,7 +32,7 @@ def run_benchmark(options: BenchmarkOptions) -> None:
     setup = BenchmarkSetup.from_options(options)
     machine = {
         "device": device_name(setup.device),
-        "dtype": str(setup.dtype).removeprefix("torch."),
+        "dtype": dtype_name(setup.dtype),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "cuda": torch.version.cuda if setup.device.type == "cuda" else None,

@@ -27,11 +27,9 @@ def check_run_dir(run: Run, files: list[str]) -> None:
     """Raises InputError where `out` cannot be a folder, or holds what must not be lost: a run, or
     one of the `files` that this run would write."""
     out = run.out
-    for path in (out, *out.absolute().parents):
-        if path.exists():
-            require(path.is_dir(), f"out = {out}: {path} is a file")
-            require(os.access(path, os.W_OK | os.X_OK), f"out = {out}: {path} cannot be written")
-            break
+    folder = existing_ancestor(out)
+    require(folder.is_dir(), f"out = {out}: {folder} is a file")
+    require(os.access(folder, os.W_OK | os.X_OK), f"out = {out}: {folder} cannot be written")
     present = [name for name in (HISTORY_FILE, *files) if (out / name).exists()]
     if present and not (run.overwrite or run.resume):
         kind = "a finished run" if is_finished(out) else "an unfinished run"
@@ -95,13 +93,17 @@ def how_to_resume(out: Path) -> str:
     return f"{points[-1]} is kept: the same command with --resume goes on from there"
 
 
+def existing_ancestor(path: Path) -> Path:
+    """Returns a path, or the nearest of the folders above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def check_disk(out: Path, phases: list[ResolvedPhase]) -> None:
     """Raises InputError unless the checkpoints to come fit, with the points to resume from."""
     weights = sum(4 * phase.config.num_params * len(phase.checkpoint_files) for phase in phases)
     # The points that are kept and the one that is being written: weights and both moments.
     points = (KEPT_POINTS + 1) * max(12 * phase.config.num_params for phase in phases)
-    folder = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_ancestor(out)).free
     require(
         free > weights + points,
         f"out = {out}: the checkpoints need {(weights + points) / 1e9:.1f} GB of disk, "

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
 from config import (
-    PRESETS,
     SCHEDULE_FIELDS,
     BlockInit,
     LrScaling,
@@ -23,7 +22,7 @@ from config import (
     require,
 )
 from transfer import make_plan
-from utils.runtime.cli import parse_flags
+from utils.runtime.cli import find_preset, parse_flags
 from utils.schedule.phases import resolve_phases
 
 
@@ -192,11 +191,10 @@ def parse_experiment(args: list[str]) -> Experiment:
         word, *args = args
         words.append(word)
     name, preset = [*words, *("noise", "full")[len(words) :]]
-    require(preset in PRESETS, f"there is no preset {preset}, only {', '.join(PRESETS)}")
     return parse_flags(
         Experiment,
         args,
-        default=Experiment(name, run=PRESETS[preset]()),
+        default=Experiment(name, run=find_preset(preset)),
         prog=f"python -m utils.experiment {name} {preset}",
         description=Experiment.__doc__ or "",
     )

@@ -18,7 +18,7 @@ from utils.hf.model_folder import (
 from utils.hf.parity import check_parity
 from utils.hf.pretrained import find_pretrained, model_title
 from utils.runtime.atomic_io import explain_write_errors
-from utils.text.tokenizer import load_tokenizer
+from utils.text.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, read_tokenizer
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False) -> None:
@@ -69,7 +69,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False
 
 def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint's tokenizer, and the settings that generation needs."""
-    (folder / "tokenizer.json").write_text(checkpoint.tokenizer, encoding="utf-8")
+    (folder / TOKENIZER_JSON).write_text(checkpoint.tokenizer, encoding="utf-8")
     eos_token = Tokenizer.from_str(checkpoint.tokenizer).id_to_token(checkpoint.eos_id)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
         "clean_up_tokenization_spaces": False,
     }
     generation = {"eos_token_id": checkpoint.eos_id, "pad_token_id": checkpoint.eos_id}
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / TOKENIZER_CONFIG, settings)
     write_json(folder / "generation_config.json", generation)
 
 
@@ -97,7 +97,7 @@ def import_model(model: str, checkpoint: Path, /, overwrite: bool = False) -> No
     require(overwrite or not checkpoint.exists(), f"{checkpoint} is there: --overwrite replaces it")
     require(checkpoint.parent.is_dir(), f"{checkpoint}: there is no folder {checkpoint.parent}")
     pretrained = find_pretrained(model)
-    tokenizer, eos_id = load_tokenizer(model, 0, lambda: iter(()))
+    tokenizer, eos_id = read_tokenizer(model)
     imported = Checkpoint(
         config=pretrained.config,
         weights=pretrained.load_state().weights,

@@ -14,7 +14,6 @@ from utils.data import first_windows
 from utils.hf.config_json import to_hf_config
 from utils.hf.model_folder import (
     describe_model,
-    dtype_name,
     model_card,
     new_model_folder,
     write_model,
@@ -22,8 +21,9 @@ from utils.hf.model_folder import (
 from utils.hf.parity import PROBE_TOKENS, PROBE_WINDOWS, random_probe
 from utils.hf.pretrained import Pretrained, fetch_model_file, find_pretrained, model_title
 from utils.runtime.cpu import peak_resident_gb, return_freed_memory
+from utils.runtime.device import dtype_name
 from utils.runtime.errors import RunStopped
-from utils.text.tokenizer import load_tokenizer
+from utils.text.tokenizer import read_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -119,7 +119,7 @@ def text_probe(pretrained: Pretrained, path: Path) -> Tensor:
         InputError: if the file cannot be read or is shorter than a window.
     """
     length = min(PROBE_TOKENS, pretrained.config.seq_len)
-    tokenizer, _ = load_tokenizer(pretrained.name, 0, lambda: iter(()))
+    tokenizer, _ = read_tokenizer(pretrained.name)
     try:
         with path.open(encoding="utf-8") as file:
             beginning = file.read(MAX_CHARS_PER_TOKEN * PROBE_WINDOWS * PROBE_TOKENS)

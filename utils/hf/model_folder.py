@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
@@ -16,6 +15,7 @@ from config import Growth, ModelConfig, require
 from utils.hf.config_json import CONFIG_FILE
 from utils.hf.state_dict import to_hf
 from utils.runtime.atomic_io import atomic_folder, explain_write_errors
+from utils.runtime.device import dtype_name
 from utils.runtime.formatting import format_architecture, format_params
 
 
@@ -133,8 +133,3 @@ def describe_model(config: ModelConfig) -> str:
     """Returns a model's shape and number of parameters, in words."""
     count = format_params(config.num_params, config.num_active_params)
     return f"{format_architecture(config)}, {count} parameters"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns a dtype's name in config.json: `bfloat16`."""
-    return str(dtype).removeprefix("torch.")

@@ -95,6 +95,11 @@ def select_events(events: list[dict], kind: str) -> list[dict]:
     return [event for event in events if event["event"] == kind]
 
 
+def phase_events(events: list[dict], phase: int) -> list[dict]:
+    """Returns the events of a phase, given its number."""
+    return [event for event in events if event.get("phase") == phase]
+
+
 def run_record(events: list[dict]) -> dict:
     """Returns the run's first line; empty if the history does not begin with it."""
     return next(iter(select_events(events, "run")), {})
@@ -102,7 +107,7 @@ def run_record(events: list[dict]) -> dict:
 
 def last_metrics(events: list[dict], phase: int) -> dict[str, float]:
     """Returns the last training metrics of a phase and its last validation loss, by name."""
-    own = [event for event in events if event.get("phase") == phase]
+    own = phase_events(events, phase)
     metrics: dict[str, float] = {}
     for event in select_events(own, "step")[-1:]:
         metrics |= {k: v for k, v in event.items() if k not in POSITION_FIELDS | {"lr"}}
@@ -118,7 +123,7 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
     Both losses are in float32 where the evaluation tells it so; otherwise the loss is taken to be
     off float32's by as much as it was right after the growth.
     """
-    own = [event for event in events if event.get("phase") == phase]
+    own = phase_events(events, phase)
     before = [event.get("valid_loss_fp32") for event in select_events(own, "grow")]
     evals = select_events(own, "eval")
     if not evals or not before or before[-1] is None:

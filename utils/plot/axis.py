@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import require
-from utils.metrics.history import run_record, select_events
+from utils.metrics.history import phase_events, run_record, select_events
 from utils.runtime.formatting import format_number
 
 X_LABELS = {
@@ -64,7 +64,7 @@ def split_phases(events: list[dict]) -> list[PhaseEvents]:
     """Returns the phases of a run in their order."""
     phases, started_s = [], events[0]["wall_s"]
     for number in sorted({event["phase"] for event in events if "phase" in event}):
-        own = [event for event in events if event.get("phase") == number]
+        own = phase_events(events, number)
         ended_s = own[-1]["wall_s"]
         phases.append(PhaseEvents(number, own[0]["phase_name"], own, ended_s - started_s))
         started_s = ended_s

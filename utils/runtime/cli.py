@@ -51,22 +51,28 @@ def parse_run(args: list[str]) -> Run:
     preset, overrides = "full", args
     if args and not args[0].startswith("-"):
         preset, *overrides = args
-    if preset not in PRESETS:
-        nearest = get_close_matches(preset, PRESETS, n=1)
-        hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
-        raise InputError(f"there is no preset {preset}, only {', '.join(PRESETS)}{hint}")
+    default = find_preset(preset)
     presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
     run = parse_flags(
         Run,
         overrides,
-        default=PRESETS[preset](),
+        default=default,
         prog=f"train.py {preset}",
         description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
         f"\n\nThe defaults below are those of {preset}.",
         hint="; the preset comes first" if PRESETS.keys() & set(overrides) else "",
     )
-    check_init_from(run, PRESETS[preset]().model)
+    check_init_from(run, default.model)
     return run
+
+
+def find_preset(name: str) -> Run:
+    """Returns a preset's run. Raises InputError, which lists them, where there is none so named."""
+    if name not in PRESETS:
+        nearest = get_close_matches(name, PRESETS, n=1)
+        hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
+        raise InputError(f"there is no preset {name}, only {', '.join(PRESETS)}{hint}")
+    return PRESETS[name]()
 
 
 def check_init_from(run: Run, default: ModelConfig) -> None:

@@ -44,6 +44,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without torch's: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Returns the dtype in which the training step computes products."""
     if precision == "auto":

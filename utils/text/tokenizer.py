@@ -69,6 +69,17 @@ def load_tokenizer(
     if name == "learned":
         tokenizer = learn_tokenizer(text(), vocab_size or LEARNED_VOCAB_SIZE)
         return tokenizer, 0  # special tokens come first
+    return read_tokenizer(name)
+
+
+def read_tokenizer(name: str) -> tuple[Tokenizer, int]:
+    """Loads the tokenizer of a folder or of the hub. Returns it and the id of its end-of-text
+    token.
+
+    Raises:
+        InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
+        HubUnreachable: if the hub does not deliver it.
+    """
     path = find_vocabulary(name)
     with explain_tokenizer_damage(name, path):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -36,7 +36,13 @@ from utils.plot.live import LivePlot
 from utils.runtime.atomic_io import is_newer, remove_partial_files
 from utils.runtime.best_effort import BestEffort
 from utils.runtime.cpu import reuse_memory_and_kernels
-from utils.runtime.device import choose_device, device_name, reset_peak_memory, training_dtype
+from utils.runtime.device import (
+    choose_device,
+    device_name,
+    dtype_name,
+    reset_peak_memory,
+    training_dtype,
+)
 from utils.schedule.memory import check_memory
 from utils.schedule.phases import (
     ResolvedPhase,
@@ -165,7 +171,7 @@ class RunContext:
             train_tokens=len(corpus.train),
             valid_tokens=len(corpus.valid),
             device=device_name(self.device),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.dtype),
             phases=[phase.name for phase in phases],
             params=[phase.config.num_params for phase in phases],
             active_params=[phase.config.num_active_params for phase in phases],
