@@ -20,6 +20,8 @@ class LayerKV(NamedTuple):
 
     key_BGSK: Tensor
     value_BGSK: Tensor
+    row_B1: Tensor
+    """Index of each text, int64."""
     position_BT: Tensor
     """Slot of each token that is being read, which is its position in its text, int64."""
     mask_B1TS: Tensor
@@ -28,10 +30,9 @@ class LayerKV(NamedTuple):
 
     def append(self, key_BGTK: Tensor, value_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new keys and values. Returns all keys and values (B, G, S, K) to attend to."""
-        row_B1 = torch.arange(len(self.position_BT), device=self.position_BT.device)[:, None]
         end = self.mask_B1TS.shape[-1]
         for stored, new in ((self.key_BGSK, key_BGTK), (self.value_BGSK, value_BGTK)):
-            stored[row_B1, :, self.position_BT] = new.transpose(1, 2).to(stored.dtype)
+            stored[self.row_B1, :, self.position_BT] = new.transpose(1, 2).to(stored.dtype)
         return self.key_BGSK[:, :, :end], self.value_BGSK[:, :, :end]
 
 
@@ -64,11 +65,13 @@ class KVCache:
         if end > self.slots:
             raise ValueError(f"{end} tokens do not fit a cache of {self.slots}")
         device = self.layers[0][0].device
+        row_B1 = torch.arange(len(self.lengths), device=device)[:, None]
         start_B1 = torch.tensor(self.lengths, device=device)[:, None]
         position_BT = start_B1 + torch.arange(length, device=device)
         mask_B1TS = torch.arange(end, device=device) <= position_BT[:, None, :, None]
         self.lengths = [held + length for held in self.lengths]
-        return position_BT, [LayerKV(*layer, position_BT, mask_B1TS) for layer in self.layers]
+        layers = [LayerKV(*layer, row_B1, position_BT, mask_B1TS) for layer in self.layers]
+        return position_BT, layers
 
     def select_rows(self, rows: list[int]) -> None:
         """Drops all texts but those in `rows`."""

@@ -44,6 +44,7 @@ from transfer.plan import Tile, TrainState, apply_plan
 from transfer.probe import run_probe
 from utils.checkpoint.model import load_checkpoint
 from utils.optim.commutation import MAX_GAP, STEPS_AFTER, CommutationTest, mutations
+from utils.runtime.device import dtype_name
 
 DENSE = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, d_ff=48, seq_len=32)
 GROUPED_QUERY = replace(DENSE, n_kv_heads=2, tie_embeddings=False, position_embedding="learned")
@@ -95,19 +96,23 @@ def loss_gradients(state: TrainState, tokens: Tensor) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def gradient_error(old: TrainState, new: TrainState, growth: Growth, tokens: Tensor) -> float:
+def gradient_error(
+    old: TrainState, old_grads: dict[str, Tensor], new: TrainState, growth: Growth, tokens: Tensor
+) -> float:
     """Returns how far the chain rule is off: the gradients of the copies, times their scale, must
     add up to the old gradient."""
-    before, after = loss_gradients(old, tokens), loss_gradients(new, tokens)
+    after = loss_gradients(new, tokens)
     errors = [
-        (row.fold_copies(after[name]).sum(0) * row.scale - before[row.source]).abs().max()
+        (row.fold_copies(after[name]).sum(0) * row.scale - old_grads[row.source]).abs().max()
         for name, row in make_plan(old.config, growth)[1].items()
         if isinstance(row, Tile)
     ]
     return torch.stack(errors).max().item()
 
 
-def moment_error(old: TrainState, growth: Growth, tokens: Tensor) -> float:
+def moment_error(
+    old: TrainState, old_grads: dict[str, Tensor], growth: Growth, tokens: Tensor
+) -> float:
     """Returns how far Adam's grown moments are from those that the grown model's own gradient would
     have left. Noise and routing set the copies' gradients apart, so this is measured on copies that
     are alike."""
@@ -118,7 +123,7 @@ def moment_error(old: TrainState, growth: Growth, tokens: Tensor) -> float:
     one = torch.ones(())
     adam = {
         name: {"step": one, "exp_avg": grad, "exp_avg_sq": grad**2}
-        for name, grad in loss_gradients(old, tokens).items()
+        for name, grad in old_grads.items()
     }
     config, plan = make_plan(old.config, growth)
     new = apply_plan(config, plan, replace(old, adam=adam))
@@ -146,12 +151,13 @@ def prove_chain(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) ->
     for growth in chain:
         growth = replace(growth, tolerance=Tolerance(limit, limit))
         new, drift = grow(state, growth, tokens)
+        old_grads = loss_gradients(state, tokens)
         measured = {
             "logits": drift.max_logit_diff,
             "loss": abs(drift.loss_drift),
             "weights": drift.plan_error,
-            "gradients": gradient_error(state, new, growth, tokens),
-            "moments": moment_error(state, growth, tokens),
+            "gradients": gradient_error(state, old_grads, new, growth, tokens),
+            "moments": moment_error(state, old_grads, growth, tokens),
             "copies": drift.copy_distance or 0.0,
         }
         for law in ("gradients", "moments"):
@@ -173,7 +179,7 @@ def prove_growths() -> bool:
                 cells, verdict = prove_chain(config, chain, dtype), "held"
             except GrowthError as error:
                 all_held, cells, verdict = False, ["-"] * len(COLUMNS), f"BROKEN: {error}"
-            print(ROW_FORMAT.format(name, str(dtype).removeprefix("torch."), *cells, verdict))
+            print(ROW_FORMAT.format(name, dtype_name(dtype), *cells, verdict))
     return all_held
 
 

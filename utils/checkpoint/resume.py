@@ -138,6 +138,10 @@ class ResumeCheckpointer:
             return step == last_step or is_time
         return step == last_step or step % self.every_steps == 0 < step
 
+    def has(self, progress: TrainingProgress) -> bool:
+        """Whether the last point that was kept, or resumed from, is this one."""
+        return progress.file_name == self.last_file
+
     def keep(self, progress: TrainingProgress, state: TrainState) -> None:
         """Writes a point, then removes all but the last KEPT_POINTS.
 
@@ -145,7 +149,7 @@ class ResumeCheckpointer:
             OSError: if it cannot be written.
             RunStopped: if a weight is no longer finite.
         """
-        if progress.file_name == self.last_file:
+        if self.has(progress):
             return
         is_finite = torch.stack([weight.isfinite().all() for weight in state.weights.values()])
         if not is_finite.all():

@@ -1,6 +1,7 @@
 """What a run starts from: random weights, or a pretrained model that brings its own tokenizer."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -12,13 +13,12 @@ from utils.hf.pretrained import Pretrained, find_pretrained
 
 @dataclass(frozen=True)
 class InitSource:
-    """Where a run's first weights come from. Nothing large is read before `initial_state` is."""
+    """Where a run's first weights come from. Nothing large is read before its
+    `fingerprint` or `initial_state` is."""
 
     run: Run
     """The run, with the model that there is to train and its tokenizer."""
     pretrained: Pretrained | None = None
-    fingerprint: str = ""
-    """Fingerprint of the pretrained model; empty where there is none."""
 
     @classmethod
     def from_run(cls, run: Run) -> "InitSource":
@@ -42,7 +42,13 @@ class InitSource:
         model = replace(pretrained.config, seq_len=run.model.seq_len)
         data = replace(run.data, tokenizer=run.init_from)
         run = replace(run, model=model, data=data)
-        return cls(run, pretrained, pretrained.fingerprint())
+        return cls(run, pretrained)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the pretrained model, all of which is read for it; empty where there is
+        none."""
+        return self.pretrained.fingerprint() if self.pretrained else ""
 
     def initial_state(self, config: ModelConfig) -> TrainState:
         """Returns the model before its first step, in float32. `config` is the run's, with the

@@ -83,7 +83,7 @@ def train_phase(
 
         def keep_point(progress: TrainingProgress) -> None:
             reporter.metrics.check(reporter.where)
-            if checkpointer is not None:
+            if checkpointer is not None and not checkpointer.has(progress):
                 with reporter.metrics.paused():
                     checkpointer.keep(progress, optimizer.snapshot())
 
@@ -98,8 +98,7 @@ def train_phase(
                     tokens = next(stream)
                     optimizer.set_lr(lr_at(progress.step, phase, training))
                     with defer_signals():  # a signal finds the step done or not begun
-                        reporter.add_step(step(tokens))
-                        progress = reporter.advance(progress)
+                        progress = reporter.advance(progress, step(tokens))
             except Stopped:
                 keep_point(progress)
                 raise

@@ -9,7 +9,7 @@ from models.layerwise import layerwise_model
 from utils.checkpoint.resume import TrainingProgress
 from utils.metrics.console import progress_line, underused_line
 from utils.metrics.diagnostics import copied_matrices, underused_experts, weight_stats
-from utils.metrics.history import loss_above_growth, read_history
+from utils.metrics.history import loss_above_growth, phase_events, read_history
 from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
 from utils.optim.adamw import Optimizer
 from utils.schedule.lr import lr_at
@@ -29,8 +29,7 @@ class PhaseReporter:
         self.metrics = MetricAccumulator(context.device, phase.tokens_per_step, progress.metrics)
         is_first = (phase.number, self.step) == (1, 0)
         self.eta = EtaEstimator(context.phases, context.device) if is_first else None
-        events = read_history(context.history.path)
-        self.events = [event for event in events if event.get("phase") == phase.number]
+        self.events = phase_events(read_history(context.history.path), phase.number)
         self.copied = copied_matrices(context.run.model, phase.growth_history)
         self.last: dict[str, float] = {}
         """The last metrics and validation loss."""
@@ -43,13 +42,11 @@ class PhaseReporter:
         """The phase and step, as error messages name them."""
         return f"{self.phase}, step {self.step}"
 
-    def add_step(self, metrics: Tensor) -> None:
-        """Counts one more step and its STEP_METRICS, without waiting for the device."""
+    def advance(self, progress: TrainingProgress, metrics: Tensor) -> TrainingProgress:
+        """Counts one more step and its STEP_METRICS, without waiting for the device. Returns the
+        progress after it."""
         self.metrics.add(metrics)
         self.step += 1
-
-    def advance(self, progress: TrainingProgress) -> TrainingProgress:
-        """Returns the current progress, given an earlier one of the same phase."""
         length = self.context.history.size()
         return progress._replace(step=self.step, metrics=self.metrics.state(), history_bytes=length)
 
