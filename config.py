@@ -10,7 +10,6 @@ import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -307,15 +306,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a growth may move the model's function on the probe batch, in float32, before the
-    run stops. None takes the operator's own limit."""
+    """How far a growth may move the model's function on the probe batch before the run stops,
+    judged in float64 where the device has it (not on MPS). None takes what is measured."""
 
     max_logit_drift: NonNegativeFloat | None = None
-    """Largest |logit difference|. None: 1e-4 where the function is kept, 1e-3 for widening, whose
-    noise cancels up to rounding, and no limit where the function changes."""
+    """Largest |logit difference|. None: what rounding may do where the function is kept, 1e-8 of
+    the largest logit and, where noise is stored, 8 times what rounding the old weights once does;
+    no limit where the function changes."""
     max_loss_drift: NonNegativeFloat | None = None
-    """Largest change of the loss in nats per token. None: 1e-4 where the function is kept, and 2
-    where it changes, four times what re-initialising half of each expert cost (docs/growth.md)."""
+    """Largest change of the loss in nats per token. None: twice what rounding may do to a logit
+    where the function is kept, and 2 where it changes, four times what re-initialising half of each
+    expert cost (docs/growth.md)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "tolerance.")
@@ -402,19 +403,6 @@ class Deepen:
 
 
 Growth = Upcycle | Widen | Deepen
-
-
-def resolve_tolerance(growth: Growth) -> tuple[float, float]:
-    """Returns the largest |logit difference| and the largest change of the loss, in nats, that a
-    growth may cause: the user's limits, and the operator's own for each None."""
-    logit, loss = (1e-4, 1e-4) if growth.is_exact else (inf, 2.0)
-    if isinstance(growth, Widen):
-        logit = 1e-3
-    chosen = growth.tolerance
-    return (
-        logit if chosen.max_logit_drift is None else chosen.max_logit_drift,
-        loss if chosen.max_loss_drift is None else chosen.max_loss_drift,
-    )
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,11 @@ class SLM(nn.Module):
         """Whether projections of the same input lie in one weight, as in a working copy."""
         return self.blocks[0].get_submodule("attn").packed is not None
 
+    @property
+    def head_VD(self) -> Tensor:
+        """The output head's weight: the token embedding's where they are tied."""
+        return (self.embed if self.config.tie_embeddings else self.head).weight.data
+
     def forward(self, tokens_BT: Tensor, kv_cache: KVCache | None = None) -> ModelOutput:
         """Computes the logits of tokens (B, T) int64. With a `kv_cache` the tokens follow those it
         holds, and are added to them.

@@ -22,7 +22,6 @@ from config import (
     Upcycle,
     Widen,
     four_phases,
-    resolve_tolerance,
 )
 from models import meta_model
 from tests.helpers.small_models import for_each_config
@@ -132,28 +131,6 @@ def test_parameters_are_counted_without_building_the_model(config):
     idle = in_experts * (config.num_experts - config.top_k) // (config.num_experts or 1)
     assert config.num_params == sum(sizes.values())
     assert config.num_active_params == sum(sizes.values()) - idle
-
-
-@pytest.mark.parametrize(
-    "growth, logit, loss",
-    [
-        (Upcycle(), 1e-4, 1e-4),
-        (Widen(), 1e-3, 1e-4),
-        (Deepen(), 1e-4, 1e-4),
-        (Upcycle(reinit_fraction=0.5), math.inf, 2.0),
-        (Deepen(init="copy"), math.inf, 2.0),
-        (Deepen(0, init="copy"), 1e-4, 1e-4),
-    ],
-)
-def test_a_tolerance_left_open_is_the_operators_own(growth, logit, loss):
-    assert growth.is_exact == (loss < 1)
-    assert resolve_tolerance(growth) == (logit, loss)
-    for own, limits in (
-        (Tolerance(max_logit_drift=0.0), (0.0, loss)),
-        (Tolerance(max_loss_drift=7.0), (logit, 7.0)),
-        (Tolerance(3.0, 4.0), (3.0, 4.0)),
-    ):
-        assert resolve_tolerance(replace(growth, tolerance=own)) == limits
 
 
 @pytest.mark.parametrize("kind, name", FIELDS)

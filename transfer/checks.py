@@ -1,31 +1,43 @@
 """Did a growth keep the function? What is measured at a transition, and the limits it is held to.
 
-A model is judged by its logits on a frozen probe batch, and every grown parameter by its plan:
+A model is judged by its logits on a frozen probe batch, in float64 where the device has it, and
+every grown parameter by its plan:
 
     new, drift = grow(state, Widen(2), probe)
-    drift.max_logit_diff     # 2e-5 in float32: the copies' noise cancels up to rounding
-    drift.plan_error         # 1e-7: the copies of each input add up to the old weight
+    drift.max_logit_diff     # 2e-8: the noise cancels up to the rounding of the stored weights
+    drift.logit_limit        # 3e-7: how much that rounding, measured on the old model, may do
+    drift.plan_error         # 6e-8: the copies of each input add up to the old weight
     drift.copy_distance      # 0.14: how far the noise has set the copies apart
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
+from functools import partial
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
 
-from config import Growth, Widen, resolve_tolerance
+from config import Growth
+from models import SLM
 from transfer.growth import make_plan
 from transfer.plan import NewParam, Plan, PlanRow, Tile, TrainState, apply_plan
-from transfer.probe import ProbeOutput, run_probe
+from transfer.probe import LOGIT_TOKENS, ProbeOutput, run_probe
 
+MAX_RELATIVE_DRIFT = 1e-8
+"""Largest change of a logit, relative to the largest logit, where no weight is rounded. In float64
+it is 1e-14 on random models and 1e-15 on SmolLM2-135M."""
+FLOOR_FACTOR = 8
+"""How many times as far as on the part of the probe that is measured rounding may move a logit."""
 MAX_FLIPPED_SHARE = 1e-3
 """Share of probe tokens, but at least one token, whose routing a rounding tie may flip."""
-MAX_PLAN_ERROR = 1e-5
-"""Relative difference that float32's rounding may leave between a weight and the sum of its
-copies."""
-MAX_ROUTER_STD_ERROR = 0.3
-"""Relative difference of a new router's spread from Xavier's law; a small router's is random."""
+MIN_JUDGED_SHARE = 0.75
+"""Share of probe tokens that no flipped routing may reach, so that their logits are judged."""
+MAX_LOSS_CHANGE = 2.0
+"""Largest change of the loss, in nats, by a growth that is not exact: four times what
+re-initialising half of each expert cost (docs/growth.md)."""
+MAX_STD_ERROR = 0.3
+"""Relative difference of a new router's spread from Xavier's law, or of a matrix's noise from what
+was asked for; that of a small matrix is random."""
 
 
 class GrowthError(RuntimeError):
@@ -46,19 +58,32 @@ class FunctionDrift:
     loss_drift: float
     max_logit_diff: float
     """Largest over the tokens that no flipped routing can reach, and over all tokens if the
-    function was to change."""
+    function was to change. In float64 where the device has it."""
     kl: float
     """Mean KL divergence of the distribution after from the one before."""
     top1_changed: float
     """Share of tokens whose likeliest next token changed."""
     flipped: int
     """Tokens whose routing changed in a layer that both models have."""
+    flip_margin: float
+    """Largest lead, in the old router's logits, of an expert that was chosen and is no more; 0
+    where nothing flipped. Rounding flips only what is nearly a tie."""
+    judged_share: float
+    """Share of the tokens that no flipped routing can reach."""
     probe_tokens: int
+    max_logit_diff_fp32: float | None = None
+    """The same as max_logit_diff in float32, whose own rounding is most of it."""
+    logit_limit: float | None = None
+    """How large max_logit_diff may be."""
     plan_error: float | None = None
-    """Largest difference between a weight and the sum of its copies, relative to its largest
-    value."""
+    """Largest difference between a weight and the sum of its copies, relative to the weight: of the
+    largest values, and of the norms."""
+    plan_limit: float | None = None
+    """What rounding may leave of plan_error."""
     copy_distance: float | None = None
     """Distance of copied output units from their originals, relative, a mean over matrices."""
+    noise_std: float | None = None
+    """Spread of the noise of the matrix furthest from what was asked for, relative to that."""
     router_std: float | None = None
     """Spread of the new router furthest from Xavier's law, relative to that law."""
     load_min: float | None = None
@@ -71,11 +96,18 @@ class FunctionDrift:
         """Tokens whose routing may change."""
         return max(1, MAX_FLIPPED_SHARE * self.probe_tokens)
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether flipped routing leaves enough of the probe to judge."""
+        return self.flipped <= self.flips_allowed and self.judged_share >= MIN_JUDGED_SHARE
+
     def __str__(self) -> str:
         unused = "; an expert gets no token of the probe" if self.load_min == 0 else ""
+        single = self.max_logit_diff_fp32
+        in_float32 = "" if single is None else f" ({single:.1e} in float32)"
         return (
             f"loss {self.loss_after:.6f} (moved by {self.loss_drift:.1e}), "
-            f"logits within {self.max_logit_diff:.1e}{unused}"
+            f"logits within {self.max_logit_diff:.1e}{in_float32}{unused}"
         )
 
     def to_json(self) -> dict[str, float | None]:
@@ -97,18 +129,22 @@ def compare_outputs(
             logit.
     """
     flipped_BT = torch.zeros_like(before.loss_BT, dtype=torch.bool)
+    flip_margin = 0.0
     if before.expert_ids_BLTC.shape[1]:
         kept = [i for i, old in enumerate(layers) if old is not None]
-        flipped_BT = (before.expert_ids_BLTC != after.expert_ids_BLTC[:, kept]).any(-1).any(1)
+        flipped_BLT = (before.expert_ids_BLTC != after.expert_ids_BLTC[:, kept]).any(-1)
+        flipped_BT = flipped_BLT.any(1)
+        flip_margin = before.margin_BLT.where(flipped_BLT, 0.0).max().item()
     # Attention carries a flip on to the later tokens of its window.
     untouched_BT = (flipped_BT & is_exact).cumsum(1) == 0
 
     kl, diff, top1 = [], [], []
-    windows = zip(before.logits_BTV, after.logits_BTV, untouched_BT, strict=True)
-    for old, new, untouched in windows:
-        old, new = old.to(untouched.device), new.to(untouched.device)
+    chunks = zip(before.logits(), after.logits(), strict=True)
+    for (old, new), untouched in zip(
+        chunks, untouched_BT.flatten().split(LOGIT_TOKENS), strict=True
+    ):
         kl.append(sum_kl(old, new))
-        # Where there is nothing left to judge, the share of flips has failed already.
+        # Where there is nothing left to judge, the share of judged tokens has failed already.
         diff.append((new - old).abs().amax(-1).where(untouched, 0.0).max())
         top1.append((new.argmax(-1) != old.argmax(-1)).sum())
     tokens = before.loss_BT.numel()
@@ -121,6 +157,8 @@ def compare_outputs(
         kl=torch.stack(kl).sum().item() / tokens,
         top1_changed=torch.stack(top1).sum().item() / tokens,
         flipped=int(flipped_BT.sum().item()),
+        flip_margin=flip_margin,
+        judged_share=untouched_BT.sum().item() / tokens,
         probe_tokens=tokens,
     )
 
@@ -146,18 +184,39 @@ def copy_distance(row: Tile, weight: Tensor) -> Tensor | None:
     return (distances / first.norm().clamp_min(torch.finfo(first.dtype).tiny)).mean()
 
 
+def noise_std(row: Tile, old: Tensor, new: Tensor) -> Tensor | None:
+    """Returns the spread of a matrix's noise relative to what its row asks for; None where it asks
+    for none."""
+    if not row.is_noisy:
+        return None
+    spread = (new - row.tile_scaled(old, row.scale)).std()
+    wanted = row.noise * row.scale * old.std()
+    return torch.where(wanted > 0, spread / wanted, 1 + spread)  # zeros get no noise
+
+
+def relative_error(copies: Tensor, target: Tensor) -> Tensor:
+    """Returns how far copies (N, *shape) are from what they should all be, relative to it: the
+    larger one of the largest values' ratio and the norms'."""
+    error, tiny = copies - target, torch.finfo(target.dtype).tiny
+    largest, norm = partial(torch.linalg.vector_norm, ord=inf), torch.linalg.vector_norm
+    by_norm = norm(error) / (norm(target) * len(error) ** 0.5).clamp_min(tiny)
+    return torch.maximum(largest(error) / largest(target).clamp_min(tiny), by_norm)
+
+
 @dataclass
 class PlanChecker:
     """Compares each parameter with its plan as it is made, while the old one still exists."""
 
     errors: dict[str, Tensor] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
     copy_distances: list[Tensor] = field(default_factory=list)
+    noise_stds: list[Tensor] = field(default_factory=list)
     router_stds: list[Tensor] = field(default_factory=list)
 
     def __call__(self, name: str, row: PlanRow, old: Tensor | None, new: Tensor) -> None:
         if isinstance(row, NewParam):
             if row.is_zero:
-                self.errors[name] = new.abs().max()
+                self.errors[name], self.limits[name] = new.abs().max(), 0.0
             elif name.endswith("router.weight"):
                 xavier_std = row.init_scale * (2 / sum(new.shape)) ** 0.5
                 self.router_stds.append(new.std() / xavier_std)
@@ -165,28 +224,49 @@ class PlanChecker:
         if row.reinit_fraction:
             return
         assert old is not None, f"{name} is tiled from nothing"
-        tiny = torch.finfo(old.dtype).tiny
-        error = (row.fold_copies(new) - old).abs().max()
-        self.errors[name] = error / old.abs().max().clamp_min(tiny)
+        self.limits[name] = rounding_limit(row, new.dtype)
+        if row.scale != 1:  # what is only repeated has nothing to add up
+            old, new = to_float64(old), to_float64(new)
+        self.errors[name] = relative_error(row.fold_copies(new), old)
         if (distance := copy_distance(row, new)) is not None:
             self.copy_distances.append(distance)
+        if (spread := noise_std(row, old, new)) is not None:
+            self.noise_stds.append(spread)
 
-    def worst(self) -> tuple[str, float]:
-        """Returns the parameter that is furthest from its plan, and its error; NaN is furthest."""
-        values = torch.stack(list(self.errors.values())).nan_to_num(nan=torch.inf)
-        index = int(values.argmax())
-        return list(self.errors)[index], values[index].item()
+    def worst(self) -> tuple[str, float, float]:
+        """Returns the parameter that is furthest above what rounding may do to it, its error, and
+        what rounding may do; NaN is furthest."""
+        names, limits = list(self.errors), list(self.limits.values())
+        errors = torch.stack([to_float64(error) for error in self.errors.values()]).cpu()
+        excess = (errors - torch.tensor(limits, dtype=errors.dtype)).nan_to_num(nan=torch.inf)
+        index = int(excess.argmax())
+        return names[index], errors[index].item(), limits[index]
 
     def summary(self) -> dict[str, float | None]:
         """Returns the fields of FunctionDrift that the plan tells."""
-        stds = torch.stack(self.router_stds or [torch.ones(())])
-        furthest = (stds - 1).abs().nan_to_num(nan=torch.inf).argmax()
-        distances = self.copy_distances
+        (_, error, limit), distances = self.worst(), self.copy_distances
         return {
-            "plan_error": self.worst()[1],
+            "plan_error": error,
+            "plan_limit": limit,
             "copy_distance": torch.stack(distances).mean().item() if distances else None,
-            "router_std": stds[furthest].item() if self.router_stds else None,
+            "noise_std": furthest_from_one(self.noise_stds),
+            "router_std": furthest_from_one(self.router_stds),
         }
+
+
+def rounding_limit(row: Tile, dtype: torch.dtype) -> float:
+    """Returns how far rounding to `dtype` may take the sum of a weight's copies from the weight,
+    relative to it: a rounding for each copy, and a few for the noise and the sum."""
+    copies = row.repeats[-1] if row.has_input_axis else 1
+    return (copies + 3) * torch.finfo(dtype).eps / 2 * (1 + row.noise)
+
+
+def furthest_from_one(values: list[Tensor]) -> float | None:
+    """Returns the value furthest from 1; NaN is furthest, and None stands for no value."""
+    if not values:
+        return None
+    stds = torch.stack(values)
+    return stds[(stds - 1).abs().nan_to_num(nan=torch.inf).argmax()].item()
 
 
 def grow(
@@ -200,14 +280,22 @@ def grow(
         InputError: if `growth` does not apply to the model.
     """
     config, plan = make_plan(state.config, growth)
-    before = run_probe(state.model(), probe_BS)
+    model = state.model()
+    before = run_twice(model, probe_BS)
+    by_rounding = rounding_drift(model, probe_BS, before[0], plan_roundings(plan))
+    del model  # so that what is consumed can be freed
     checker = PlanChecker()
     new = apply_plan(config, plan, state, seed, consume, checker)
-    after = run_probe(new.model(), probe_BS)
+    after = run_twice(new.model(), probe_BS)
 
-    drift = compare_outputs(before, after, match_plan_blocks(plan), growth.is_exact)
-    drift = replace(drift, **checker.summary(), **load_extremes(after, config.num_experts))
-    if broken := broken_limits(drift, growth):
+    logit_limit, loss_limit = resolve_tolerance(growth, by_rounding)
+    drift = replace(
+        compare_twice(before, after, match_plan_blocks(plan), growth.is_exact),
+        logit_limit=logit_limit,
+        **checker.summary(),
+        **load_extremes(after[0], config.num_experts),
+    )
+    if broken := broken_limits(drift, loss_limit, growth.is_exact):
         worst = f"the weight furthest from its source is {checker.worst()[0]}"
         raise GrowthError(
             f"{type(growth).__name__} changed the model: {'; '.join(broken)}; {worst}", drift
@@ -215,39 +303,116 @@ def grow(
     return new, drift
 
 
-def broken_limits(
-    drift: FunctionDrift, growth: Growth, tolerance: tuple[float, float] | None = None
-) -> list[str]:
+def run_twice(model: SLM, probe_BS: Tensor) -> tuple[ProbeOutput, ProbeOutput]:
+    """Returns what a model computes on windows (B, T + 1) in the dtype that judges, and in
+    float32."""
+    output = run_probe(model, probe_BS)
+    is_float32 = output.loss_BT.dtype == torch.float32
+    return output, output if is_float32 else run_probe(model, probe_BS, torch.float32)
+
+
+def compare_twice(
+    before: tuple[ProbeOutput, ProbeOutput],
+    after: tuple[ProbeOutput, ProbeOutput],
+    layers: list[int | None],
+    is_exact: bool = True,
+) -> FunctionDrift:
+    """Measures like `compare_outputs` how far the outputs that judge differ, and how far the logits
+    do in float32. Both models' outputs are those of `run_twice`."""
+    drift, in_float32 = (
+        compare_outputs(*outputs, layers, is_exact) for outputs in zip(before, after, strict=True)
+    )
+    return replace(drift, max_logit_diff_fp32=in_float32.max_logit_diff)
+
+
+def plan_roundings(plan: Plan) -> float:
+    """Returns how large the rounding of the weights that a plan makes is, in roundings of the old
+    weights: 0 where it only repeats them, more than 1 where noise makes them larger."""
+    tiles = [row for row in plan.values() if isinstance(row, Tile) and row.is_rounded]
+    return max((1 + row.noise for row in tiles), default=0.0)
+
+
+def rounding_drift(model: SLM, probe_BS: Tensor, output: ProbeOutput, roundings: float) -> float:
+    """Returns how far rounding alone may move a logit of a growing model.
+
+    In float64 that is MAX_RELATIVE_DRIFT of the largest logit where no weight is rounded. Where
+    some are, it is more by FLOOR_FACTOR times what one rounding of every weight to float32 does to
+    the first window. In float32 it is FLOOR_FACTOR times what computing in it does to that window.
+
+    Args:
+        model: The model before it grows.
+        probe_BS: The windows (B, T + 1).
+        output: What the model computes on them, in the dtype that judges.
+        roundings: How often its weights are rounded (`plan_roundings`).
+    """
+    floor, window_1S = 0.0, probe_BS[:1]
+    if output.loss_BT.dtype == torch.float32:
+        on_cpu = TrainState.from_model(model).to(torch.device("cpu")).model()
+        kinds = torch.float32, torch.float64
+        floor = max_difference(*(run_probe(on_cpu, window_1S.cpu(), kind) for kind in kinds))
+    elif roundings:
+        stored = torch.promote_types(model.norm.weight.dtype, torch.float32)
+        unit = torch.finfo(stored).eps / 2
+        rounded = run_probe(model, window_1S, rounding=unit)
+        floor = roundings * max_difference(rounded, run_probe(model, window_1S))
+    return MAX_RELATIVE_DRIFT * output.largest_logit() + FLOOR_FACTOR * floor
+
+
+def max_difference(one: ProbeOutput, other: ProbeOutput) -> float:
+    """Returns the largest |logit difference| of two outputs on the same windows."""
+    pairs = zip(one.logits(), other.logits(), strict=True)
+    return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
+
+
+def resolve_tolerance(growth: Growth, by_rounding: float) -> tuple[float, float]:
+    """Returns the largest |logit difference| and the largest change of the loss, in nats, that a
+    growth may cause: the user's limits, and for each None what rounding may do where the function
+    is kept. A loss moves by at most twice as much as the logits."""
+    logit, loss = (by_rounding, 2 * by_rounding) if growth.is_exact else (inf, MAX_LOSS_CHANGE)
+    chosen = growth.tolerance
+    return (
+        logit if chosen.max_logit_drift is None else chosen.max_logit_drift,
+        loss if chosen.max_loss_drift is None else chosen.max_loss_drift,
+    )
+
+
+def broken_limits(drift: FunctionDrift, loss_limit: float, is_exact: bool = True) -> list[str]:
     """Returns one phrase for each limit that is exceeded. NaN exceeds every limit.
 
     Args:
-        drift: What was measured.
-        growth: The growth that is judged.
-        tolerance: Largest |logit difference| and change of the loss; None takes the growth's own.
+        drift: What was measured, and its `logit_limit`.
+        loss_limit: Largest change of the loss, in nats.
+        is_exact: Whether the function was to stay the same.
     """
-    logit_limit, loss_limit = tolerance or resolve_tolerance(growth)
+    assert drift.logit_limit is not None
     limits: dict[str, tuple[float, float]] = {
-        "a logit moved by {:.3g} (max_logit_drift: {:g})": (drift.max_logit_diff, logit_limit),
-        "the loss moved by {:.3g} (max_loss_drift: {:g})": (abs(drift.loss_drift), loss_limit),
+        "a logit moved by {:.3g} (max_logit_drift: {:.3g})": (
+            drift.max_logit_diff,
+            drift.logit_limit,
+        ),
+        "the loss moved by {:.3g} (max_loss_drift: {:.3g})": (abs(drift.loss_drift), loss_limit),
     }
-    if growth.is_exact:
+    if is_exact:
         phrase = "the routing of {:.0f} probe tokens changed (allowed: {:g})"
         limits[phrase] = (drift.flipped, drift.flips_allowed)
-    if drift.plan_error is not None:
-        phrase = "weights are off their copies by a relative {:.3g} (allowed: {:g})"
-        limits[phrase] = (drift.plan_error, MAX_PLAN_ERROR)
+        phrase = "a token left an expert that led by {:.3g} (allowed: {:.3g})"
+        limits[phrase] = (drift.flip_margin, drift.logit_limit)
+        phrase = "flipped routing reaches {:.0%} of the probe (allowed: {:.0%})"
+        limits[phrase] = (1 - drift.judged_share, 1 - MIN_JUDGED_SHARE)
+    if drift.plan_error is not None and drift.plan_limit is not None:
+        phrase = "weights are off their copies by a relative {:.3g} (allowed: {:.3g})"
+        limits[phrase] = (drift.plan_error, drift.plan_limit)
+    if drift.noise_std is not None:
+        phrase = "a matrix's noise is off what was asked for by {:.3g} (allowed: {:g})"
+        limits[phrase] = (abs(drift.noise_std - 1), MAX_STD_ERROR)
     if drift.router_std is not None:
         phrase = "a router's spread is off Xavier's by {:.3g} (allowed: {:g})"
-        limits[phrase] = (abs(drift.router_std - 1), MAX_ROUTER_STD_ERROR)
-    broken = [
+        limits[phrase] = (abs(drift.router_std - 1), MAX_STD_ERROR)
+    return [
         phrase.format(value, limit)
         for phrase, (value, limit) in limits.items()
         if not value <= limit
     ]
-    has_noise = isinstance(growth, Widen) and growth.noise and growth.factor > 1
-    if has_noise and drift.copy_distance == 0:
-        broken.append("the copies are alike in spite of the noise")
-    return broken
 
 
 def match_plan_blocks(plan: Plan) -> list[int | None]:

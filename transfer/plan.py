@@ -98,15 +98,25 @@ class Tile(NamedTuple):
         return 1 / (math.prod(self.repeats) * self.scale)
 
     @property
+    def is_noisy(self) -> bool:
+        """Whether noise sets the copies of its inputs apart."""
+        return bool(self.noise) and self.has_input_axis and self.repeats[-1] > 1
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether new values round: noise does, and a division by other than a power of two."""
+        return self.is_noisy or math.frexp(self.scale)[0] != 0.5
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether the new parameter is the old one if it has its shape, and so its moments."""
         return math.prod(self.repeats) == 1 and not self.reinit_fraction and not self.is_duplicate
 
     def grow_weight(self, old: Tensor, generator: torch.Generator) -> Tensor:
         """Returns the new parameter, with noise drawn from `generator`. `old` stays as it was."""
-        inputs = self.repeats[-1]
-        if not self.noise or not self.has_input_axis or inputs == 1:
+        if not self.is_noisy:
             return self.tile_scaled(old, self.scale)
+        inputs = self.repeats[-1]
         old = old.contiguous()
         one_copy, all_copies, whole = tile_shapes(self.repeats, old.shape)
         start, std = old.view(one_copy).squeeze(-2) * self.scale, old.std()
@@ -251,6 +261,13 @@ def param_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: weight.shape for name, weight in meta_model(config).named_parameters()}
 
 
+def grown_dtype(plan: Plan, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of the weights that a plan makes of weights in `dtype`: at least float32
+    where values round, because below it the noise would not cancel."""
+    is_rounded = any(isinstance(row, Tile) and row.is_rounded for row in plan.values())
+    return torch.promote_types(dtype, torch.float32) if is_rounded else dtype
+
+
 @torch.no_grad()
 def apply_plan(
     config: ModelConfig,
@@ -260,7 +277,7 @@ def apply_plan(
     consume: bool = False,
     inspect: InspectParam | None = None,
 ) -> TrainState:
-    """Applies a plan to the weights and to Adam's state.
+    """Applies a plan to the weights and to Adam's state. The new weights are of `grown_dtype`.
 
     Args:
         config: The bigger model's configuration.
@@ -279,6 +296,7 @@ def apply_plan(
         ValueError: for a parameter that comes out misshapen.
     """
     new, like = TrainState(config, {}), next(iter(old.weights.values()))
+    like = like.new_empty((), dtype=grown_dtype(plan, like.dtype))
     uses = Counter(row.source for row in plan.values() if isinstance(row, Tile))
     for name, shape in param_shapes(config).items():
         row, before = plan[name], None
@@ -286,7 +304,8 @@ def apply_plan(
         if isinstance(row, NewParam):
             weight = row.create(name, like.new_empty(shape), config.n_layers, generator)
         else:
-            before, moments = old.weights[row.source], old.adam.get(row.source)
+            before = old.weights[row.source].to(like.dtype)
+            moments = old.adam.get(row.source)
             uses[row.source] -= 1
             is_last_use = consume and not uses[row.source]
             is_handed_on = is_last_use and row.is_unchanged and before.shape == shape

@@ -12,48 +12,60 @@ from transfer.checks import (
     FunctionDrift,
     GrowthError,
     broken_limits,
-    compare_outputs,
+    compare_twice,
     load_extremes,
+    resolve_tolerance,
+    rounding_drift,
+    run_twice,
 )
-from transfer.probe import ProbeOutput, run_probe
+from transfer.probe import ProbeOutput
+
+ASSUMED_ROUNDINGS = 2.0
+"""How often the weights of a grown model may have been rounded: once, with noise as large as they
+are."""
 
 
 def verify(
     before: SLM,
     after: SLM,
     tokens_BT: Tensor,
-    max_logit_drift: float = 1e-3,
-    max_loss_drift: float = 1e-4,
+    max_logit_drift: float | None = None,
+    max_loss_drift: float | None = None,
 ) -> FunctionDrift:
     """Measures how far `after`, grown out of `before` by any operators, is from it. Both models are
-    judged in their own precision and on their own device.
+    judged on their own device, in float64 where it has it.
 
     Args:
         before: The small model.
         after: The grown model.
         tokens_BT: Texts, int64, of 2 to seq_len + 1 tokens, each of which is predicted from those
             before it.
-        max_logit_drift: Largest |logit difference| allowed.
-        max_loss_drift: Largest change of the mean loss allowed, in nats.
+        max_logit_drift: Largest |logit difference| allowed. None takes what rounding the weights to
+            float32 may do, measured on `before`.
+        max_loss_drift: Largest change of the mean loss allowed, in nats. None takes twice that.
 
     Raises:
         GrowthError: if a limit is exceeded; its `drift` holds what was measured.
         InputError: if the models or the tokens do not belong together.
     """
     check_comparable(before.config, after.config, tokens_BT)
+    # Growing by nothing is held to these limits and to none of its own.
+    nothing = Deepen(0, tolerance=Tolerance(max_logit_drift, max_loss_drift))
     old, new = (
-        run_probe(model, tokens_BT.to(model.norm.weight.device)) for model in (before, after)
+        run_twice(model, tokens_BT.to(model.norm.weight.device)) for model in (before, after)
     )
-    new = ProbeOutput(*(part.to(like.device) for part, like in zip(new, old, strict=True)))
+    device = before.norm.weight.device
+    by_rounding = rounding_drift(before, tokens_BT.to(device), old[0], ASSUMED_ROUNDINGS)
+    logit_limit, loss_limit = resolve_tolerance(nothing, by_rounding)
+    new = (new[0].to(device), new[1].to(device))
     same_experts = before.config.num_experts == after.config.num_experts
     if not (same_experts and before.config.top_k == after.config.top_k):
         # The choices of one model say nothing about those of the other.
-        old = old._replace(expert_ids_BLTC=old.expert_ids_BLTC[:, :0])
-    drift = compare_outputs(old, new, match_blocks(old, new))
-    drift = replace(drift, **load_extremes(new, after.config.num_experts))
-    # Growing by nothing is held to these limits and to none of its own.
-    nothing = Deepen(0, tolerance=Tolerance(max_logit_drift, max_loss_drift))
-    if broken := broken_limits(drift, nothing):
+        old = (old[0].without_routing(), old[1].without_routing())
+    drift = compare_twice(old, new, match_blocks(old[0], new[0]))
+    load = load_extremes(new[0], after.config.num_experts)
+    drift = replace(drift, logit_limit=logit_limit, **load)
+    if broken := broken_limits(drift, loss_limit):
         raise GrowthError(f"the models are not the same function: {'; '.join(broken)}", drift)
     return drift
 

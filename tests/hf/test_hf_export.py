@@ -16,14 +16,14 @@ from transformers import AutoConfig
 
 from config import Deepen, InputError, ModelConfig, RopeScaling, Upcycle, Widen
 from tests.helpers.hf_models import assert_same_logits
-from tests.helpers.small_models import random_model
+from tests.helpers.small_models import random_model, windows
 from transfer import TrainState, apply_plan, make_plan
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from utils.hf import convert
 from utils.hf.config_json import to_hf_config
 from utils.hf.convert import export_checkpoint, import_model
 from utils.hf.grow_folder import grow_folder
-from utils.hf.parity import check_generation, random_probe
+from utils.hf.parity import check_generation
 from utils.hf.pretrained import find_pretrained
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import RunStopped
@@ -188,7 +188,7 @@ def test_a_cache_that_changes_the_text_is_noticed():
         return start + int(use_cache)
 
     with pytest.raises(RunStopped, match="otherwise with its cache"):
-        check_generation(SimpleNamespace(generate=generate), random_probe(CONFIG), CONFIG.seq_len)
+        check_generation(SimpleNamespace(generate=generate), windows(CONFIG), CONFIG.seq_len)
 
 
 def test_without_transformers_an_export_says_how_to_get_it(make_checkpoint, tmp_path, monkeypatch):

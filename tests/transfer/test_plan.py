@@ -69,9 +69,21 @@ def test_the_seed_decides_what_is_drawn(config, growth):
 
 @for_each_operator
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.double])
-def test_growth_keeps_the_precision_of_the_weights(config, growth, dtype):
+def test_growth_keeps_the_precision_of_weights_unless_noise_would_not_cancel_in_it(
+    config, growth, dtype
+):
     old = TrainState.from_model(random_model(config).to(dtype))
     _, new = grow_with_plan(old, growth)
+    has_noise = isinstance(growth, Widen) and growth.noise > 0
+    expected = torch.promote_types(dtype, torch.float32) if has_noise else dtype
+    assert {weight.dtype for weight in new.weights.values()} == {expected}
+
+
+@pytest.mark.parametrize("factor, noise, is_exact", [(2, 0, 1), (4, 0, 1), (3, 0, 0), (2, 0.1, 0)])
+def test_what_divides_evenly_is_not_rounded(factor, noise, is_exact):
+    old = TrainState.from_model(random_model(DENSE).bfloat16())
+    _, new = grow_with_plan(old, Widen(factor, float(noise)))
+    dtype = torch.bfloat16 if is_exact else torch.float32
     assert {weight.dtype for weight in new.weights.values()} == {dtype}
 
 

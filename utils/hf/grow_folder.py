@@ -4,13 +4,9 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from config import Deepen, Growth, InputError, ModelConfig, Placement, Upcycle, Widen, require
 from transfer import GrowthError, grow, make_plan
-from utils.data import first_windows
+from transfer.plan import grown_dtype
 from utils.hf.config_json import to_hf_config
 from utils.hf.model_folder import (
     describe_model,
@@ -18,7 +14,7 @@ from utils.hf.model_folder import (
     new_model_folder,
     write_model,
 )
-from utils.hf.parity import PROBE_TOKENS, PROBE_WINDOWS, random_probe
+from utils.hf.parity import PROBE_TOKENS, PROBE_WINDOWS, some_stories, text_probe
 from utils.hf.pretrained import Pretrained, fetch_model_file, find_pretrained, model_title
 from utils.runtime.cpu import peak_resident_gb, return_freed_memory
 from utils.runtime.device import dtype_name
@@ -68,8 +64,8 @@ def grow_folder(
         top_k: Experts that each token visits.
         noise: Standard deviation of the noise on widening's copies, relative to each weight's own.
         placement: Put the new layers between the old ones, after the last, or in the middle.
-        text: Compare the models on the beginning of this file instead of on random tokens.
-        seed: Seed of routers, noise, new layers and random tokens.
+        text: Compare the models on the beginning of this file instead of on the built-in stories.
+        seed: Seed of routers, noise and new layers.
         overwrite: Replace a model that is there.
 
     Raises:
@@ -84,16 +80,17 @@ def grow_folder(
     growths += [Deepen(deepen, placement)] if deepen else []
     require(bool(growths), "nothing to do: --upcycle, --widen or --deepen says how to grow")
     pretrained = find_pretrained(model)
-    config, wider = pretrained.config, torch.promote_types(pretrained.dtype, torch.float32)
-    dtype = pretrained.dtype if widen == 1 else wider
+    config, dtype = pretrained.config, pretrained.dtype
     for growth in growths:
-        config, _ = make_plan(config, growth)
+        config, plan = make_plan(config, growth)
+        dtype = grown_dtype(plan, dtype)
     card = model_card(folder.resolve().name, config, growths, model_title(model))
 
     with new_model_folder(folder, overwrite, config.num_params * dtype.itemsize) as part:
-        probe = (
-            random_probe(pretrained.config, seed) if text is None else text_probe(pretrained, text)
-        )
+        tokenizer, _ = read_tokenizer(pretrained.name)
+        beginning = some_stories() if text is None else read_beginning(text)
+        source = "the built-in text" if text is None else f"text = {text}"
+        probe = text_probe(tokenizer, pretrained.config, beginning, source)
         state = pretrained.load_state(dtype)
         for i, growth in enumerate(growths):
             try:
@@ -112,22 +109,14 @@ def grow_folder(
     )
 
 
-def text_probe(pretrained: Pretrained, path: Path) -> Tensor:
-    """Returns windows (B, T + 1) of the beginning of a text file.
-
-    Raises:
-        InputError: if the file cannot be read or is shorter than a window.
-    """
-    length = min(PROBE_TOKENS, pretrained.config.seq_len)
-    tokenizer, _ = read_tokenizer(pretrained.name)
+def read_beginning(path: Path) -> str:
+    """Returns the beginning of a text file, as much as the probe needs. Raises InputError where it
+    cannot be read."""
     try:
         with path.open(encoding="utf-8") as file:
-            beginning = file.read(MAX_CHARS_PER_TOKEN * PROBE_WINDOWS * PROBE_TOKENS)
+            return file.read(MAX_CHARS_PER_TOKEN * PROBE_WINDOWS * PROBE_TOKENS)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text = {path}: cannot be read ({error})") from error
-    ids = tokenizer.encode(beginning, add_special_tokens=False).ids
-    require(len(ids) > length, f"text = {path} has {len(ids)} tokens, not the {length + 1} needed")
-    return first_windows(np.array(ids), length, PROBE_WINDOWS * (length + 1))
 
 
 def grown_hf_config(pretrained: Pretrained, config: ModelConfig) -> dict:

@@ -3,21 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from config import ModelConfig
+from config import ModelConfig, require
 from transfer import FunctionDrift
-from transfer.checks import compare_outputs
+from transfer.checks import FLOOR_FACTOR, compare_outputs, max_difference
 from transfer.probe import ProbeOutput, exact_matmul, run_probe
 from utils.checkpoint.model import Checkpoint
+from utils.data import first_windows
 from utils.runtime.errors import RunStopped
+from utils.text.builtin.stories import builtin_stories
 
-MAX_RELATIVE_LOGIT_DIFF = 1e-5
-"""Largest difference from transformers' logits, relative to the largest of them (or to 1)."""
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 """Number of windows that an exported or grown model is compared on, and tokens in each."""
+PROBE_STORIES = 40
+"""Number of built-in stories that hold enough text for the probe of any tokenizer."""
 CONTINUATION_TOKENS = 12
 """Number of tokens that transformers generates, with its cache and without."""
 
@@ -37,10 +40,12 @@ def check_parity(folder: Path, checkpoint: Checkpoint) -> FunctionDrift:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    config, probe = checkpoint.config, checkpoint.probe
-    probe = random_probe(config) if probe is None else probe[:PROBE_WINDOWS, : PROBE_TOKENS + 1]
+    config, own = checkpoint.config, Tokenizer.from_str(checkpoint.tokenizer)
+    if checkpoint.probe is None:
+        probe = text_probe(own, config, some_stories(), "the text of the built-in stories")
+    else:
+        probe = checkpoint.probe[:PROBE_WINDOWS, : PROBE_TOKENS + 1]
     drift = check_logits(model, checkpoint, probe)
-    own = Tokenizer.from_str(checkpoint.tokenizer)
     text = own.decode(probe.flatten().tolist(), skip_special_tokens=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if tokenizer(text)["input_ids"] != own.encode(text).ids:
@@ -49,23 +54,32 @@ def check_parity(folder: Path, checkpoint: Checkpoint) -> FunctionDrift:
     return drift
 
 
-def random_probe(config: ModelConfig, seed: int = 0) -> Tensor:
-    """Returns windows (B, T + 1) of random tokens."""
+def some_stories() -> str:
+    """Returns enough of the built-in stories for a probe."""
+    return "\n".join(builtin_stories(PROBE_STORIES))
+
+
+def text_probe(tokenizer: Tokenizer, config: ModelConfig, text: str, source: str) -> Tensor:
+    """Returns windows (B, T + 1) of the beginning of a text. Raises InputError, naming its
+    `source`, if it is shorter than a window."""
     length = min(PROBE_TOKENS, config.seq_len)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(config.vocab_size, (PROBE_WINDOWS, length + 1), generator=generator)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    require(len(ids) > length, f"{source} has {len(ids)} tokens, not the {length + 1} needed")
+    return first_windows(np.array(ids), length, PROBE_WINDOWS * (length + 1))
 
 
 def check_logits(model: Any, checkpoint: Checkpoint, probe_BS: Tensor) -> FunctionDrift:
-    """Returns how far transformers' `model` is from the checkpoint's on windows (B, T + 1). Raises
-    RunStopped if that is further than rounding takes it."""
-    config = checkpoint.config
-    own = run_probe(checkpoint.state.model(), probe_BS)
+    """Returns how far transformers' `model`, which computes norms and angles in float32 at most, is
+    from the checkpoint's on windows (B, T + 1). Raises RunStopped if that is further than float32
+    takes the model from itself in float64."""
+    config, own_model = checkpoint.config, checkpoint.state.model()
+    own = run_probe(own_model, probe_BS)
+    floor = max_difference(run_probe(own_model, probe_BS, torch.float32), own)
     with torch.no_grad(), exact_matmul():
         outputs = [run_hf_window(model, config, window) for window in probe_BS.split(1)]
     drift = compare_outputs(own, ProbeOutput.concatenate(outputs), [*range(config.n_layers)])
-    allowed = MAX_RELATIVE_LOGIT_DIFF * max(1.0, own.logits_BTV.abs().max().item())
-    if not (drift.max_logit_diff <= allowed and drift.flipped <= drift.flips_allowed):
+    allowed = FLOOR_FACTOR * floor
+    if not (max(drift.max_logit_diff, drift.flip_margin) <= allowed and drift.is_judged):
         raise RunStopped(
             f"transformers' logits are off by {drift.max_logit_diff:.3g} (allowed: {allowed:.3g}), "
             f"{drift.flipped} tokens go to other experts; nothing is exported"
@@ -77,9 +91,8 @@ def run_hf_window(model: Any, config: ModelConfig, window: Tensor) -> ProbeOutpu
     """Returns what transformers' `model` computes on one window (1, T + 1)."""
     router = {"output_router_logits": True} if config.num_experts else {}
     output = model(window[:, :-1], use_cache=False, **router)
-    layers = output.router_logits if router else ()
-    expert_ids = [logits_TE.topk(config.top_k).indices for logits_TE in layers]
-    return ProbeOutput.from_window(output.logits, window, expert_ids)
+    router_logits = [logits_TE[None] for logits_TE in output.router_logits] if router else []
+    return ProbeOutput.from_logits(output.logits, window, router_logits, config.top_k)
 
 
 def check_generation(model: Any, probe_BS: Tensor, seq_len: int) -> None:

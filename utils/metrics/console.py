@@ -2,9 +2,10 @@
 
 import torch
 
-from config import Growth, Run, resolve_tolerance
+from config import Growth, Run
 from models.ops import fused_kernels_available
 from transfer import FunctionDrift
+from transfer.checks import resolve_tolerance
 from utils.data import Corpus
 from utils.metrics.diagnostics import UNDERUSED_SHARE
 from utils.metrics.history import settling_losses
@@ -77,7 +78,7 @@ def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str
 
 def growth_line(phase: ResolvedPhase, growth: Growth, drift: FunctionDrift) -> str:
     """Returns what a growth did to the model's function, as a line."""
-    _, max_loss_drift = resolve_tolerance(growth)
+    _, max_loss_drift = resolve_tolerance(growth, 0.0)
     changed = f"changed the function, which may move by {max_loss_drift:g} nats"
     effect = "kept the function" if growth.is_exact else changed
     return f"{phase}: {type(growth).__name__} {effect}: {drift}"
