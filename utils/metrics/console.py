@@ -127,7 +127,10 @@ def run_summary(events: list[dict]) -> str:
         ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
     ]
     growths: TableRows = [
-        ("growth", "loss before", "loss after", "drift", "logits", "flipped", "copies", "then")
+        (
+            *("growth", "loss before", "loss after", "drift", "logits", "in float32"),
+            *("flipped", "copies", "then"),
+        )
     ]
     for event in events:
         if event["event"] == "checkpoint" and event["trained"]:
@@ -168,6 +171,7 @@ def growth_row(event: dict) -> tuple[str, ...]:
         f"{event['loss_after']:.6f}",
         f"{event['loss_drift']:.1e}",
         f"{event['max_logit_diff']:.1e}",
+        f"{event['max_logit_diff_fp32']:.1e}",
         f"{event['flipped']} of {event['probe_tokens']}",
         f"{distance:.3f}" if distance is not None else "-",
     )
