@@ -52,8 +52,10 @@ class MetricAccumulator:
         """Does not count the time within as training time."""
         synchronize(self.device)
         began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
+        try:
+            yield
+        finally:  # a run that is stopped within keeps its time as well
+            self.started += time.perf_counter() - began
 
     def add(self, metrics: Tensor) -> None:
         """Adds one step's STEP_METRICS."""

@@ -82,7 +82,9 @@ def train_phase(
         checkpointer = context.checkpointer
 
         def keep_point(progress: TrainingProgress) -> None:
-            reporter.metrics.check(reporter.where)
+            reporter.metrics.check(reporter.where)  # waits for the device
+            if reporter.metrics.steps:  # else what `progress` holds has just been logged
+                progress = progress._replace(metrics=reporter.metrics.state())
             if checkpointer is not None and not checkpointer.has(progress):
                 with reporter.metrics.paused():
                     checkpointer.keep(progress, optimizer.snapshot())

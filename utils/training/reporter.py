@@ -57,15 +57,16 @@ class PhaseReporter:
         if self.eta and (line := self.eta.line_after(self.step)):
             tqdm.write(line)
         if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
-            self.log()
+            measured = self.metrics.read(self.where)
+            with self.metrics.paused():
+                self.log(measured)
         if self.step % training.eval_every == 0 or is_end or self.is_settling:
             with self.metrics.paused():
                 self.evaluate(optimizer)
                 self.context.live_plot.update()
 
-    def log(self) -> None:
-        """Writes a `step` line."""
-        measured = self.metrics.read(self.where)
+    def log(self, measured: dict[str, float]) -> None:
+        """Writes a `step` line of what was measured since the last one."""
         lr = lr_at(self.step - 1, self.phase, self.context.run.training)
         self.record("step", lr=lr, **measured)
         self.last |= measured
