@@ -7,7 +7,7 @@ import pytest
 
 from config import PRESETS, InputError, Phase, TrainingConfig, tiny
 from tests.helpers.small_runs import small_run
-from utils.experiment.report import format_report
+from utils.experiment.records import report_of
 from utils.experiment.runner import run_experiment
 from utils.experiment.variants import EXPERIMENTS, Experiment, parse_experiment
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
@@ -36,6 +36,9 @@ def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(s
     assert len(before) == 1, "one checkpoint, which no variant has changed"
     ends = {select_events(events, "eval")[-1]["valid_loss"] for events in histories}
     assert len(ends) == 8, "variants and seeds differ"
+    kept = report_of(small.out / "upcycle.jsonl").replace("|", " ").splitlines()
+    words = [" ".join(line.split()) for line in kept if "---" not in line]
+    assert " ".join(filter(None, words)) in " ".join(printed.split())
 
     def trained_again(run, **choice):
         run_experiment(replace(experiment, run=run, **choice))
@@ -101,33 +104,6 @@ def test_the_run_as_it_stands_is_a_variant_of_several_experiments_and_trained_fo
     assert len(folders[0] | folders[1] | folders[2]) == 5 + 3 + 2 - 2
     alone = Experiment("optimizer", variants=("reset",), run=small).variant_runs()
     assert list(alone) == ["reset"]
-
-
-def make_history(end_loss, loss_after_growth):
-    where = {"phase": 2, "phase_name": "moe"}
-    after = {"step": 0, "valid_loss": 9.0, "valid_loss_fp32": loss_after_growth}
-    return [
-        {"event": "grow", **where, "valid_loss_fp32": 2.0},
-        {"event": "eval", **where, **after},
-        {"event": "eval", **where, "step": 9, "valid_loss": end_loss, "copy_distance": 0.1},
-        {"event": "end", "wall_s": 3.0},
-    ]
-
-
-def test_differences_without_one_sign_or_within_their_own_spread_are_ties():
-    ends = {"a": (1.0, 1.2), "b": (1.1, 1.2), "c": (1.5, 1.5), "d": (1.001, 1.7)}
-    text = format_report({name: [make_history(x, 2.25) for x in xs] for name, xs in ends.items()})
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()[:5]}
-    assert [rows[name][2] for name in ends] == ["best", "tie", "+0.4000", "tie"]
-    assert rows["a"] == ["1.1000", "0.2000", "best", "0.100", "-", "-", "3"]
-    assert text.splitlines()[-1].split() == ["d", "+0.2500"]
-    assert "one seed" not in text
-
-
-def test_a_report_on_one_seed_says_that_chance_may_make_the_differences():
-    text = format_report({name: [make_history(end, 2.25)] for name, end in (("a", 1), ("b", 1.1))})
-    assert "one seed a variant: chance alone" in text
-    assert text.splitlines()[2].split()[:4] == ["b", "1.1000", "-", "+0.1000"]
 
 
 @pytest.mark.parametrize(

@@ -1,72 +1,103 @@
 """The variants of an experiment side by side, from their histories, one for each seed."""
 
+from collections.abc import Callable
 from math import isnan, nan
-from statistics import mean
 
+import numpy as np
+
+from utils.experiment.significance import (
+    CONFIDENCE,
+    SEEDS_FOR_A_CLAIM,
+    chance_margin,
+    degrees_of_freedom,
+    residual_std,
+)
 from utils.metrics.history import select_events, settling_losses
 from utils.runtime.formatting import TableRows, format_table
 
 Histories = dict[str, list[list[dict]]]
-"""The histories of each variant, one for each seed."""
+"""The histories of each variant, one for each seed, in the same order of seeds."""
 
 
-def format_report(histories: Histories) -> str:
-    """Returns a row per variant, means over seeds: the validation loss at the end, how far apart
-    the seeds are, how far it ended above the best variant, how its copies and experts are used, and
-    its seconds; then how far the loss was above that before the growth, by steps."""
-    ends = {
-        name: [last_value(events, "valid_loss") for events in seeds]
-        for name, seeds in histories.items()
-    }
-    best = min(ends.values(), key=mean)
+def format_report(
+    histories: Histories, format_rows: Callable[[TableRows], list[str]] = format_table
+) -> str:
+    """Returns the table of the variants, how to read it, and the table of how they settled.
+
+    Args:
+        histories: What the variants' runs recorded.
+        format_rows: Makes lines of a table.
+    """
+    ends_VS = np.array(
+        [[last_value(events, "valid_loss") for events in seeds] for seeds in histories.values()]
+    )
+    tables = format_rows(variant_rows(histories, ends_VS)), format_rows(settling_rows(histories))
+    return "\n".join([*tables[0], "", claim_note(ends_VS), "", *tables[1]])
+
+
+def variant_rows(histories: Histories, ends_VS: np.ndarray) -> TableRows:
+    """Returns a row per variant, means over seeds: the validation loss at the end, how far it ended
+    above the best variant and what that means, how its copies and experts are used, and its
+    seconds."""
+    means_V, margin = ends_VS.mean(1), chance_margin(ends_VS)
+    best = int(means_V.argmin())
+    usage = ("copy_distance", "expert_distance", "underused_experts")
     rows: TableRows = [
         (
             "variant",
             "valid loss",
-            "seeds' spread",
             "above best",
+            "verdict",
             "copies apart",
             "experts apart",
             "underused",
             "s",
         )
     ]
-    for name, seeds in histories.items():
-        usage = ("copy_distance", "expert_distance", "underused_experts")
+    for index, (name, seeds) in enumerate(histories.items()):
+        above = means_V[index] - means_V[best]
+        interval = "" if isnan(margin) else f" ± {margin:.4f}"
         rows.append(
             (
                 name,
-                f"{mean(ends[name]):.4f}",
-                f"{spread(ends[name]):.4f}" if len(best) > 1 else "-",
-                "best" if ends[name] is best else compare_ends(ends[name], best),
+                f"{means_V[index]:.4f}",
+                "-" if index == best else f"{above:+.4f}{interval}",
+                "best" if index == best else judge(above, margin, len(seeds)),
                 *(mean_cell([last_value(events, key) for events in seeds]) for key in usage),
-                f"{mean(events[-1]['wall_s'] for events in seeds):.0f}",
+                f"{np.mean([events[-1]['wall_s'] for events in seeds]):.0f}",
             )
         )
-    note = "one seed a variant: chance alone may make such differences"
-    notes = [] if len(best) > 1 else [note, ""]
-    return "\n".join([*format_table(rows), "", *notes, *format_table(settling_rows(histories))])
+    return rows
 
 
-def compare_ends(ends: list[float], best: list[float]) -> str:
-    """Returns how far the losses at the end are above the best variant's, or that it is a tie.
-
-    Pairs are of one seed, which is the same text in the same order. A difference has one sign at
-    every seed and is larger than the pairs differ; all else is a tie.
-    """
-    pairs = [end - other for end, other in zip(ends, best, strict=True)]
-    is_tie = min(pairs) <= 0 or mean(pairs) <= spread(pairs)
-    return "tie" if is_tie else f"{mean(pairs):+.4f}"
+def judge(above: float, margin: float, seeds: int) -> str:
+    """Returns whether a variant that ended `above` the best one is worse, or that they are a tie;
+    `-` where there are too few seeds to claim either."""
+    if seeds < SEEDS_FOR_A_CLAIM:
+        return "-"
+    return "worse" if above > margin else "tie"
 
 
-def spread(values: list[float]) -> float:
-    """Returns the distance of the largest value from the smallest."""
-    return max(values) - min(values)
+def claim_note(ends_VS: np.ndarray) -> str:
+    """Returns what the table's intervals are and whether it claims anything, in words."""
+    variants, seeds = ends_VS.shape
+    count = f"{seeds} seed{'s' * (seeds > 1)}"
+    claim = "A difference within ± is a tie."
+    if seeds < SEEDS_FOR_A_CLAIM:
+        claim = f"No claim is made: a claim takes {SEEDS_FOR_A_CLAIM} seeds."
+    if min(variants, seeds) < 2:
+        return f"{count} a variant. {claim}"
+    return (
+        f"{count} a variant; ± is how far apart chance alone puts any two of {variants} variants, "
+        f"at {CONFIDENCE:.0%} for all pairs together (Tukey; residual standard deviation "
+        f"{residual_std(ends_VS):.4f}, {degrees_of_freedom(variants, seeds)} degrees of freedom). "
+        f"{claim}"
+    )
 
 
 def settling_rows(histories: Histories) -> TableRows:
-    """Returns how far the float32 loss was above that before the growth, means over seeds, by
-    step."""
+    """Returns how far the float32 loss was above that before the growth, means over seeds, by step;
+    in the last row how far apart chance alone puts two variants at that step."""
     above: dict[str, dict[int, list[float]]] = {}
     for name, seeds in histories.items():
         by_step = above.setdefault(name, {})
@@ -77,7 +108,8 @@ def settling_rows(histories: Histories) -> TableRows:
     steps = sorted({step for by_step in above.values() for step in by_step})
     header = ("above the loss before, after", *(f"{step} steps" for step in steps))
     rows = [(n, *(mean_cell(above[n][step], "+.4f") for step in steps)) for n in above]
-    return [header, *rows]
+    margins = [chance_margin(np.array([above[n][step] for n in above])) for step in steps]
+    return [header, *rows, ("± by chance", *(mean_cell([margin], ".4f") for margin in margins))]
 
 
 def last_value(events: list[dict], name: str) -> float:
@@ -87,4 +119,5 @@ def last_value(events: list[dict], name: str) -> float:
 
 def mean_cell(values: list[float], form: str = ".3f") -> str:
     """Returns the mean as a table shows it, `-` if a value is missing."""
-    return "-" if isnan(mean(values)) else f"{mean(values):{form}}"
+    mean = float(np.mean(values))
+    return "-" if isnan(mean) else f"{mean:{form}}"

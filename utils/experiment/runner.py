@@ -15,7 +15,8 @@ from utils.checkpoint.resume import (
     latest_point,
 )
 from utils.checkpoint.run_dir import is_finished, lock_run_dir
-from utils.experiment.report import format_report
+from utils.experiment.records import keep_experiment
+from utils.experiment.report import Histories, format_report
 from utils.experiment.variants import Experiment
 from utils.metrics.history import HISTORY_FILE, History, read_history, run_record
 from utils.optim.adamw import place_state
@@ -32,13 +33,14 @@ themselves are compared.)"""
 
 
 def run_experiment(experiment: Experiment) -> None:
-    """Trains whatever of an experiment is not trained yet, and prints how its variants compare.
+    """Trains whatever of an experiment is not trained yet, keeps the thinned histories of all of it
+    in one file, and prints how its variants compare.
 
     Raises:
         InputError: naming the field, for anything that its runs cannot be.
         RunStopped: if a run cannot go on.
     """
-    # Nothing is written into `out` itself but folders, so that it may hold another run.
+    # Nothing that a run writes is written into `out` itself, so that it may hold another run.
     setup = prepare_run(check_run(replace(experiment.base_run(), dry_run=True)))
     check_memory(setup.phases, setup.run, setup.device)
     run = replace(experiment.run, model=setup.run.model, data=setup.run.data)
@@ -49,13 +51,15 @@ def run_experiment(experiment: Experiment) -> None:
             tqdm.write(f"{name} is left out: it comes to the same growth as one before it")
     trunk = experiment.trunk_run()
     state = trunk_state(setup._replace(run=trunk, phases=resolve_phases(trunk)))
-    histories: dict[str, list[list[dict]]] = {}
+    histories: Histories = {}
     for name, seeded_runs in runs.items():
         for run in seeded_runs:
             tqdm.write(f"\n{name}, seed {run.seed}")
             events = train_variant(setup._replace(run=run, phases=resolve_phases(run)), state)
             histories.setdefault(name, []).append(events)
-    print(f"\n{format_report(histories)}")
+    record = experiment.run.out / f"{experiment.name}.jsonl"
+    keep_experiment(record, experiment.name, histories)
+    print(f"\n{format_report(histories)}\n\nhistories: {record}")
 
 
 def trunk_state(setup: RunSetup) -> TrainState:

@@ -89,6 +89,10 @@ class Experiment:
     Variants that are finished already are not run again, nor those that come to the same growth as
     an earlier one (a single new block has only so many places). A variant that was stopped starts
     again, so `run.resume`, `run.overwrite`, `run.dry_run` and `run.tracker` have no effect.
+
+    The thinned histories of all variants are kept in `run.out`/NAME.jsonl, of which
+    `python -m utils.experiment report FILE ...` prints the tables in Markdown.
+    `python -m utils.experiment keep FOLDER FILE` keeps the history of any other run.
     """
 
     name: str = "noise"
@@ -97,9 +101,9 @@ class Experiment:
     """The phase that grows and is trained. Empty takes the experiment's own."""
     variants: tuple[str, ...] = ()
     """Run only these variants, by name. Empty runs all of them."""
-    seeds: PositiveInt = 2
-    """Seeds of each variant. Variants are compared at the same seed, which is the same text in the
-    same order."""
+    seeds: PositiveInt = 5
+    """Seeds of each variant. A seed is the same text in the same order for every variant. With
+    fewer than 5 the report claims no difference."""
     run: Run = field(default_factory=full)
     """What all variants have in common. `run.out` holds a folder for each of them, and one for what
     they share."""

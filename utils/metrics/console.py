@@ -1,5 +1,7 @@
 """What a run prints about itself: before it starts, while it trains, and when it has ended."""
 
+from collections.abc import Callable
+
 import torch
 
 from config import Growth, Run
@@ -121,8 +123,11 @@ def estimate_line(phases: list[ResolvedPhase], seconds_per_flop: float) -> str:
     return line
 
 
-def run_summary(events: list[dict]) -> str:
-    """Returns the losses of each phase and what each growth moved, from a run's history."""
+def run_summary(
+    events: list[dict], format_rows: Callable[[TableRows], list[str]] = format_table
+) -> str:
+    """Returns the losses of each phase and what each growth moved, from a run's history, in tables
+    whose lines `format_rows` makes."""
     phases: TableRows = [
         ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
     ]
@@ -138,7 +143,7 @@ def run_summary(events: list[dict]) -> str:
         elif event["event"] == "grow":
             growths.append((*growth_row(event), settling_cell(event, events)))
     return "\n".join(
-        format_table(phases) + (["", *format_table(growths)] if len(growths) > 1 else [])
+        format_rows(phases) + (["", *format_rows(growths)] if len(growths) > 1 else [])
     )
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 from config import InputError, require
+from utils.runtime.atomic_io import atomic_file, explain_write_errors
 
 HISTORY_FILE = "training_history.jsonl"
 PLOT_FILE = "training_curves.png"
@@ -51,8 +53,7 @@ class History:
     def __call__(self, event: str, **values: object) -> None:
         """Appends an event. Raises ValueError for a value that JSON cannot hold."""
         line = {"event": event, "wall_s": self.now(), **values}
-        body = ", ".join(f"{json.dumps(name)}: {_encode(name, line[name])}" for name in line)
-        self.file.write(f"{{{body}}}\n".encode())
+        self.file.write(encode_event(line))
         self.file.flush()
         self.also(line)
 
@@ -88,6 +89,36 @@ def read_history(path: Path) -> list[dict]:
     require(path.is_file(), f"{path}: there is no such file")
     lines = path.read_bytes().split(b"\n")[:-1]
     return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def write_history(path: Path, events: list[dict]) -> None:
+    """Writes events into a file, whole or not at all.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    with explain_write_errors(path), atomic_file(path) as file:
+        file.writelines(map(encode_event, events))
+
+
+def thin_history(events: list[dict], step_every: int, drop: Sequence[str]) -> list[dict]:
+    """Returns a run's history with one of `step_every` of its `step` lines (0: with none of them)
+    and all other lines, without the fields `drop`. The `run` line says so, as `thinned`.
+
+    Raises:
+        InputError: for a history that does not begin with a `run` line or was thinned before.
+    """
+    record = run_record(events)
+    require(events[:1] == [record], "the history does not begin with its run")
+    require("thinned" not in record, f"the history was thinned before: {record.get('thinned')}")
+    steps = f"1 of {step_every} step lines" if step_every else "no step lines"
+    numbers = count(1)
+    kept = [
+        {name: value for name, value in event.items() if name not in drop}
+        for event in events
+        if event["event"] != "step" or (step_every and next(numbers) % step_every == 0)
+    ]
+    return [kept[0] | {"thinned": ", without ".join([steps, *drop])}, *kept[1:]]
 
 
 def select_events(events: list[dict], kind: str) -> list[dict]:
@@ -138,6 +169,12 @@ def settling_losses(events: list[dict], phase: int) -> dict[int, float]:
     it was taken."""
     above = loss_above_growth(events, phase)
     return {event["step"]: loss for event, loss in above if "valid_loss_fp32" in event}
+
+
+def encode_event(event: dict) -> bytes:
+    """Returns an event as a line. Raises ValueError for a value that JSON cannot hold."""
+    body = ", ".join(f"{json.dumps(name)}: {_encode(name, event[name])}" for name in event)
+    return f"{{{body}}}\n".encode()
 
 
 def _encode(name: str, value: object) -> str:

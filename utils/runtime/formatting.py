@@ -42,3 +42,9 @@ def format_table(rows: TableRows) -> list[str]:
         cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
     return lines
+
+
+def format_markdown_table(rows: TableRows) -> list[str]:
+    """Returns the lines of a table in Markdown, the first row as its head."""
+    head, *body = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)]
