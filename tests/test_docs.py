@@ -5,6 +5,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from utils.experiment.records import report_of
+
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
 
@@ -45,3 +47,24 @@ def test_links_between_documents_lead_somewhere():
             if not (path.parent / target).exists():
                 broken.append(f"{path.name}: {target}")
     assert not broken
+
+
+def test_tables_of_runs_are_those_that_their_histories_give():
+    """`python -m utils.experiment report docs/FILE` prints what stands between two comments."""
+    reports = [
+        (page.name, *block)
+        for page in (ROOT / "docs").glob("*.md")
+        for block in re.findall(
+            r"<!-- report of (\S+) -->\n\n(.*?)\n\n<!-- end of report -->", page.read_text(), re.S
+        )
+    ]
+    assert reports
+    differing = [
+        (page, file) for page, file, text in reports if text != report_of(ROOT / "docs" / file)
+    ]
+    assert not differing
+
+
+def test_the_histories_that_are_kept_take_less_than_a_megabyte():
+    files = list((ROOT / "docs").rglob("*.jsonl"))
+    assert files and sum(file.stat().st_size for file in files) < 2**20

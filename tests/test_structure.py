@@ -40,6 +40,8 @@ COMMANDS = {
     "hf grow": ["-m", "utils.hf", "grow", "--help"],
     "benchmark": ["-m", "utils.benchmark", "--help"],
     "experiment": ["-m", "utils.experiment", "noise", "tiny", "--help"],
+    "experiment report": ["-m", "utils.experiment", "report", "--help"],
+    "experiment keep": ["-m", "utils.experiment", "keep", "--help"],
 }
 
 

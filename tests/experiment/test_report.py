@@ -1,20 +1,19 @@
 """What an experiment claims, and the tables of what is kept of runs."""
 
 import json
-from dataclasses import replace
 from math import isnan, sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from config import InputError
-from tests.helpers.small_runs import small_run
-from train import main
 from utils.experiment.records import keep_experiment, keep_run, print_report, report_of
 from utils.experiment.report import format_report
 from utils.experiment.significance import chance_margin, residual_std, studentized_range
-from utils.metrics.history import HISTORY_FILE, read_history, run_record, select_events
+from utils.metrics.history import HISTORY_FILE, read_history, select_events, write_history
 
+ROOT = Path(__file__).parents[2]
 TRIALS = 1000
 
 
@@ -148,20 +147,19 @@ def test_variants_of_other_seeds_are_not_compared(tmp_path):
 
 
 def test_a_thinned_history_is_what_the_run_wrote_and_says_what_is_missing(tmp_path):
-    run = small_run(tmp_path)
-    run = replace(run, training=replace(run.training, log_every=1))
-    main(run)
-    written, file = read_history(run.out / HISTORY_FILE), tmp_path / "kept.jsonl"
-    keep_run(run.out, file, step_every=4, drop=("expert_load",))
-    kept = read_history(file)
-    assert run_record(kept)["thinned"] == "1 of 4 step lines, without expert_load"
-    whole = [{k: v for k, v in event.items() if k != "expert_load"} for event in written]
-    steps = select_events(whole, "step")[3::4]
-    assert kept[1:] == [e for e in whole if e["event"] not in ("run", "step") or e in steps]
-    assert [event["step"] for event in select_events(kept, "step")] == [4, 3, 2, 2]
-    keep_run(run.out, file)
-    assert read_history(file)[1:] == written[1:]
-    assert report_of(file) == report_of(run.out / HISTORY_FILE)
+    run, *others = read_history(ROOT / "docs" / "books" / HISTORY_FILE)
+    run.pop("thinned", None)
+    write_history(tmp_path / HISTORY_FILE, [run, *others])
+    file = tmp_path / "kept.jsonl"
+    keep_run(tmp_path, file, step_every=4, drop=("expert_load",))
+    kept_run, *kept = read_history(file)
+    assert kept_run == run | {"thinned": "1 of 4 step lines, without expert_load"}
+    steps = select_events(others, "step")[3::4]
+    expected = [event for event in others if event["event"] != "step" or event in steps]
+    assert kept == [{k: v for k, v in e.items() if k != "expert_load"} for e in expected]
+    keep_run(tmp_path, file)
+    assert read_history(file) == [run | {"thinned": "1 of 1 step lines"}, *others]
+    assert report_of(file) == report_of(tmp_path / HISTORY_FILE)
     assert report_of(file).count("| Widen -> wide | ") == 1
     file.rename(tmp_path / HISTORY_FILE)
     with pytest.raises(InputError, match="was thinned before: 1 of 1 step lines"):
