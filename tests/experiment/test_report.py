@@ -110,6 +110,11 @@ def test_fewer_than_five_seeds_claim_nothing(seeds):
     )
 
 
+def test_one_variant_alone_is_compared_with_none():
+    report = format_report(make_histories(np.ones((1, 5))))
+    assert "One variant has none to be compared with." in report and "best" in report
+
+
 def test_what_is_kept_of_an_experiment_gives_the_tables_that_it_printed(tmp_path, capsys):
     histories = make_histories(draw_experiments(5)[0])
     file = tmp_path / "noise.jsonl"

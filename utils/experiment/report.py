@@ -81,11 +81,13 @@ def judge(above: float, margin: float, seeds: int) -> str:
 def claim_note(ends_VS: np.ndarray) -> str:
     """Returns what the table's intervals are and whether it claims anything, in words."""
     variants, seeds = ends_VS.shape
+    if variants < 2:
+        return "One variant has none to be compared with."
     count = f"{seeds} seed{'s' * (seeds > 1)}"
     claim = "A difference within ± is a tie."
     if seeds < SEEDS_FOR_A_CLAIM:
         claim = f"No claim is made: a claim takes {SEEDS_FOR_A_CLAIM} seeds."
-    if min(variants, seeds) < 2:
+    if seeds < 2:
         return f"{count} a variant. {claim}"
     return (
         f"{count} a variant; ± is how far apart chance alone puts any two of {variants} variants, "
