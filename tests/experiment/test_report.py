@@ -185,6 +185,13 @@ def test_a_file_that_holds_nothing_to_tabulate_is_named(tmp_path, text, message)
         report_of(tmp_path / "other.jsonl")
 
 
+@pytest.mark.parametrize("name", ["expert_lode", "event", "step"])
+def test_only_a_field_that_is_there_and_can_be_missed_is_left_out(tmp_path, name):
+    write_history(tmp_path / HISTORY_FILE, make_history(1.0, seed=0))
+    with pytest.raises(InputError, match=f"drop = {name} is no field that can be left out"):
+        keep_run(tmp_path, tmp_path / "kept.jsonl", drop=("expert_load", name))
+
+
 def test_a_history_without_its_run_line_cannot_be_kept(tmp_path):
     line = {"event": "step", "wall_s": 0.0}
     (tmp_path / HISTORY_FILE).write_text(json.dumps(line) + "\n")

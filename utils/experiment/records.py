@@ -8,6 +8,7 @@ from utils.experiment.report import Histories, format_report
 from utils.metrics.console import run_summary
 from utils.metrics.history import (
     HISTORY_FILE,
+    POSITION_FIELDS,
     read_history,
     run_record,
     thin_history,
@@ -39,11 +40,15 @@ def keep_run(folder: Path, file: Path, step_every: int = 1, drop: tuple[str, ...
         drop: Fields to leave out, such as expert_load.
 
     Raises:
-        InputError: for a history that is missing or was thinned before, and for a file that cannot
-            be written.
+        InputError: for a history that is missing or was thinned before, for a field that it does
+            not have or that says where an event belongs, and for a file that cannot be written.
     """
     require(step_every >= 0, f"step_every = {step_every} must be at least 0")
-    write_history(file, thin_history(read_history(folder / HISTORY_FILE), step_every, drop))
+    events = read_history(folder / HISTORY_FILE)
+    optional = {name for event in events for name in event} - POSITION_FIELDS
+    unknown = [name for name in drop if name not in optional]
+    require(not unknown, f"drop = {', '.join(unknown)} is no field that can be left out")
+    write_history(file, thin_history(events, step_every, drop))
 
 
 def print_report(files: tuple[Path, ...]) -> None:
