@@ -546,6 +546,9 @@ class DataConfig:
     tokenizer: str = "auto"
     """A folder with a tokenizer.json, a name on the hub, or `learned`, a byte-level BPE learned on
     the text itself. `auto` takes gpt2, and `learned` for the built-in stories."""
+    eos_token: str = ""
+    """The token that ends a text, such as </s>. Empty takes the one that the tokenizer's files
+    name; a tokenizer whose files name none needs this."""
     num_stories: NonNegativeInt = 50_000
     """Largest number of stories to read. 0 reads all."""
     text_field: str = "text"

@@ -107,7 +107,7 @@ def test_the_end_of_a_text_of_few_stories_is_validation_text(prepare, tmp_path):
 def test_a_tokenizer_must_fit_the_model(prepare, tmp_path):
     learn_tokenizer(builtin_stories(30), 300).save(str(tmp_path / "tokenizer.json"))
     corpus = prepare(tokenizer=str(tmp_path), vocab_size=300)
-    assert corpus.train[-1] == corpus.valid[-1] == corpus.eos_id
+    assert corpus.train[-1] == corpus.valid[-1] == corpus.special_tokens.eos_id
     with pytest.raises(InputError, match=r"data.tokenizer = .* 300 tokens.*model.vocab_size = 299"):
         prepare(tokenizer=str(tmp_path), vocab_size=299)
 

@@ -1,11 +1,13 @@
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from config import InputError, ModelConfig
@@ -26,6 +28,7 @@ from utils.generate import (
     write_stories,
 )
 from utils.text.builtin.stories import builtin_stories
+from utils.text.special_tokens import SpecialTokens
 from utils.text.tokenizer import learn_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +37,6 @@ CONFIG = ModelConfig(
 )
 START = [5, 6, 7]
 PROMPT = "Once upon a time"
-NO_EOS = -1
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def tokenizer():
 def checkpoint(model, tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("generate") / "a.pt"
     weights = TrainState.from_model(model).weights
-    save_checkpoint(path, Checkpoint(CONFIG, weights, tokenizer.to_str(), 0))
+    save_checkpoint(path, Checkpoint(CONFIG, weights, tokenizer.to_str(), SpecialTokens((0,))))
     return path
 
 
@@ -67,8 +69,8 @@ def generate_without_cache(model, start, length):
     return text[len(start) :]
 
 
-def generate_one(model, length=30, temperature=1.0, eos_id=NO_EOS, **sampling):
-    return generate(model, [START], length, eos_id, Sampling(temperature, **sampling))[0]
+def generate_one(model, length=30, temperature=1.0, stop_ids=(), **sampling):
+    return generate(model, [START], length, stop_ids, Sampling(temperature, **sampling))[0]
 
 
 def test_temperature_0_takes_the_likeliest_token_also_beyond_the_context(model):
@@ -113,9 +115,9 @@ def test_tokens_are_as_frequent_as_they_are_probable_to_transformers(
 
 def test_a_text_ends_before_the_end_of_text_token(model):
     tokens = generate_without_cache(model, START, 30)
-    for eos_id in set(tokens):
-        ended = generate_one(model, temperature=0, eos_id=eos_id)
-        assert ended == tokens[: tokens.index(eos_id)]
+    for stop_ids in combinations(dict.fromkeys(tokens), 2):
+        ended = generate_one(model, temperature=0, stop_ids=stop_ids)
+        assert ended == tokens[: min(map(tokens.index, stop_ids))]
     assert generate_one(model, length=0) == []
 
 
@@ -125,18 +127,18 @@ def test_texts_written_together_are_those_written_alone(config, temperature):
     model = random_model(config)
     starts = [[5], START, [9] * (config.seq_len + 3), [20, 21], [8] * (config.seq_len - 2)]
     alone = [
-        generate(model, [start], 30, NO_EOS, Sampling(temperature, seed=4 + i))[0]
+        generate(model, [start], 30, (), Sampling(temperature, seed=4 + i))[0]
         for i, start in enumerate(starts)
     ]
-    assert generate(model, starts, 30, NO_EOS, Sampling(temperature, seed=4)) == alone
+    assert generate(model, starts, 30, (), Sampling(temperature, seed=4)) == alone
     for eos_id in {text[4] for text in alone}:  # some end, others go on
         ended = [text[: text.index(eos_id)] if eos_id in text else text for text in alone]
-        assert generate(model, starts, 30, eos_id, Sampling(temperature, seed=4)) == ended
-    assert generate(model, [], 30, NO_EOS, Sampling()) == []
+        assert generate(model, starts, 30, [eos_id], Sampling(temperature, seed=4)) == ended
+    assert generate(model, [], 30, (), Sampling()) == []
 
 
 def test_two_stories_with_the_same_prompt_are_not_the_same(model):
-    one, other = generate(model, [START, START], 30, NO_EOS, Sampling())
+    one, other = generate(model, [START, START], 30, (), Sampling())
     assert one != other
 
 
@@ -144,7 +146,7 @@ def test_two_stories_with_the_same_prompt_are_not_the_same(model):
 def test_the_cache_changes_nothing_also_when_the_context_slides(config):
     model, start, length = random_model(config), [1, 2, 3], 2 * config.seq_len
     expected = generate_without_cache(model, start, length)
-    assert generate(model, [start], length, NO_EOS, Sampling(0))[0] == expected
+    assert generate(model, [start], length, (), Sampling(0))[0] == expected
 
 
 @torch.no_grad()
@@ -158,9 +160,9 @@ def test_within_the_context_no_token_is_read_again(model):
 
 
 def test_a_token_is_given_out_before_the_next_is_drawn(model):
-    drawn = draw_tokens(model, [START], 10**9, NO_EOS, Sampling())
+    drawn = draw_tokens(model, [START], 10**9, (), Sampling())
     assert [i for i, _ in (next(drawn), next(drawn))] == [0, 0]
-    assert list(draw_tokens(model, [START], 0, NO_EOS, Sampling())) == [(0, None)]
+    assert list(draw_tokens(model, [START], 0, (), Sampling())) == [(0, None)]
 
 
 def test_a_story_begins_with_its_prompt_and_goes_on(model, tokenizer, checkpoint, capsys):
@@ -172,9 +174,16 @@ def test_a_story_begins_with_its_prompt_and_goes_on(model, tokenizer, checkpoint
     assert story.startswith(PROMPT) and len(story) > len(PROMPT) + 5
     assert printed(PROMPT) == story != printed(PROMPT, seed=1)
     prompts = PROMPT, "One day", "It was"
-    stories = write_stories(model, tokenizer, 0, prompts, 20, Sampling())
+    stories = write_stories(model, tokenizer, (0,), prompts, 20, Sampling())
     assert story == stories[0] + "\n"
     assert printed(*prompts) == "\n\n".join(stories) + "\n"
+
+
+def test_a_prompt_follows_what_its_tokenizer_puts_in_front_of_every_text(tokenizer):
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = TemplateProcessing("<x> $A <x>", special_tokens=[("<x>", 7)])
+    (plain,), (start,) = encode_prompts(tokenizer, [PROMPT]), encode_prompts(own, [PROMPT])
+    assert start == [7, *plain]
 
 
 def test_no_character_is_printed_by_halves(tokenizer):

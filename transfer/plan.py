@@ -304,7 +304,8 @@ def apply_plan(
         if isinstance(row, NewParam):
             weight = row.create(name, like.new_empty(shape), config.n_layers, generator)
         else:
-            before = old.weights[row.source].to(like.dtype)
+            before = old.weights[row.source]
+            before = before.to(grown_dtype(plan, before.dtype))
             moments = old.adam.get(row.source)
             uses[row.source] -= 1
             is_last_use = consume and not uses[row.source]

@@ -7,7 +7,7 @@ windows = get_batch(corpus.train, seq_len=256, size=8, seed=0, index=0)   # (8, 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from config import DataConfig, require
 from utils.runtime.hub import HubUnreachable, hash_file
 from utils.text.fast_encode import write_tokens
 from utils.text.sources import TextChunk, TextSource, find_source, mark_validation
+from utils.text.special_tokens import SpecialTokens
 from utils.text.token_cache import cached_folder
 from utils.text.tokenizer import (
     TOKENIZER_JSON,
@@ -28,22 +29,22 @@ from utils.text.tokenizer import (
     tokenizer_identity,
 )
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Part of every cache key. It goes up when the same text would become other files."""
 TRAIN_FILE, VALID_FILE, META_FILE = "train.bin", "valid.bin", "meta.json"
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """The tokens of all stories, an end-of-text token after each, in memory-mapped files."""
+    """The tokens of all stories, an end-of-text token after each, and before it what the tokenizer
+    puts in front of a text, in memory-mapped files."""
 
     train: np.ndarray
     """Training tokens (N,), uint16 or, for a large vocabulary, uint32."""
     valid: np.ndarray
     """Validation tokens (N,)."""
     tokenizer: Tokenizer
-    eos_id: int
-    """Id of the end-of-text token."""
+    special_tokens: SpecialTokens
     vocab_size: int
     """Rows that an embedding of the tokens needs."""
     name: str
@@ -89,6 +90,7 @@ def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], No
         tokenizer_identity(tokenizer_name, vocab_size),
         config.num_stories,
         config.valid_fraction,
+        config.eos_token,
     ]
 
     def build(folder: Path) -> None:
@@ -126,17 +128,19 @@ def tokenize_source(
     def read_train_text() -> Iterator[str]:
         return (chunk.text for is_valid, chunk in read_chunks() if not is_valid)
 
-    tokenizer, eos_id = load_tokenizer(tokenizer_name, vocab_size, read_train_text)
+    tokenizer, special_tokens = load_tokenizer(
+        tokenizer_name, vocab_size, read_train_text, config.eos_token
+    )
     size = embedding_rows(tokenizer)
     check_vocab_size(config, size, vocab_size)
     (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     train, valid = folder / TRAIN_FILE, folder / VALID_FILE
-    write_tokens(read_chunks(), tokenizer, eos_id, dtype, train, valid)
+    write_tokens(read_chunks(), tokenizer, special_tokens.eos_id, dtype, train, valid)
     require(train.stat().st_size > 0, f"data.source = {config.source}: there is no text in it")
     hashes = hash_file(train) + hash_file(valid)
     meta = {
-        "eos_id": eos_id,
+        "special_tokens": asdict(special_tokens),
         "vocab_size": size,
         "dtype": dtype.name,
         "fingerprint": hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16],
@@ -147,11 +151,13 @@ def tokenize_source(
 def open_corpus(folder: Path, name: str) -> Corpus:
     """Returns the corpus that `tokenize_source` wrote, without reading its tokens."""
     meta = json.loads((folder / META_FILE).read_text())
-    dtype = meta.pop("dtype")
+    dtype, special = meta.pop("dtype"), meta.pop("special_tokens")
+    special["stop_ids"] = tuple(special["stop_ids"])
     return Corpus(
         train=map_tokens(folder / TRAIN_FILE, dtype),
         valid=map_tokens(folder / VALID_FILE, dtype),
         tokenizer=Tokenizer.from_file(str(folder / TOKENIZER_JSON)),
+        special_tokens=SpecialTokens(**special),
         name=name,
         is_fallback=False,
         **meta,

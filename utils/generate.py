@@ -6,7 +6,7 @@ Shapes are as in model.py: B texts, T tokens, V tokens of the vocabulary, and C 
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +22,7 @@ from models import SLM, KVCache
 from utils.checkpoint.model import load_checkpoint
 from utils.runtime.cli import run_command
 from utils.runtime.device import choose_device
+from utils.text.special_tokens import start_ids
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Stands for bytes that are no character."""
@@ -64,7 +65,7 @@ class Sampling:
 
 @torch.inference_mode()
 def draw_tokens(
-    model: SLM, starts: list[list[int]], length: int, eos_id: int, sampling: Sampling
+    model: SLM, starts: list[list[int]], length: int, stop_ids: Collection[int], sampling: Sampling
 ) -> TextTokens:
     """Continues several texts at once, each as if it were alone.
 
@@ -72,7 +73,7 @@ def draw_tokens(
         model: The model that gives the logits.
         starts: The tokens that each text begins with, at least one.
         length: The most tokens to add to each.
-        eos_id: Ends a text, and is not given out.
+        stop_ids: Tokens of which each ends a text, and is not given out.
         sampling: How to draw.
 
     Yields:
@@ -90,8 +91,8 @@ def draw_tokens(
         drawn = sampling.sample(logits_BV, [generators[i] for i in unfinished])
         for i, token in zip(unfinished, drawn, strict=True):
             texts[i].append(token)
-            yield i, token if token != eos_id else None
-        rows = [row for row, token in enumerate(drawn) if token != eos_id]
+            yield i, None if token in stop_ids else token
+        rows = [row for row, token in enumerate(drawn) if token not in stop_ids]
         if len(rows) < len(unfinished):
             cache.select_rows(rows)
             unfinished = [unfinished[row] for row in rows]
@@ -116,20 +117,22 @@ def next_logits(model: SLM, texts: list[list[int]], cache: KVCache) -> Tensor:
 
 
 def generate(
-    model: SLM, starts: list[list[int]], length: int, eos_id: int, sampling: Sampling
+    model: SLM, starts: list[list[int]], length: int, stop_ids: Collection[int], sampling: Sampling
 ) -> list[list[int]]:
-    """Returns up to `length` tokens after each of `starts`, without the `eos_id` that ends them.
-    See `draw_tokens`."""
+    """Returns up to `length` tokens after each of `starts`, without the one of `stop_ids` that ends
+    them. See `draw_tokens`."""
     added: list[list[int]] = [[] for _ in starts]
-    for i, token in draw_tokens(model, starts, length, eos_id, sampling):
+    for i, token in draw_tokens(model, starts, length, stop_ids, sampling):
         if token is not None:
             added[i].append(token)
     return added
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Returns the tokens of each prompt. Raises InputError for a prompt without any."""
-    starts = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    """Returns the tokens of each prompt, behind those that the tokenizer puts in front of a text.
+    Raises InputError for a prompt without any."""
+    first = start_ids(tokenizer)
+    starts = [first + tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
     for start, prompt in zip(starts, prompts, strict=True):
         require(len(start) > 0, f"prompt = {prompt!r} is empty")
     return starts
@@ -138,7 +141,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[in
 def write_stories(
     model: SLM,
     tokenizer: Tokenizer,
-    eos_id: int,
+    stop_ids: Collection[int],
     prompts: Sequence[str],
     length: int,
     sampling: Sampling,
@@ -149,7 +152,7 @@ def write_stories(
         InputError: for a prompt without any token.
     """
     starts = encode_prompts(tokenizer, prompts)
-    added = generate(model, starts, length, eos_id, sampling)
+    added = generate(model, starts, length, stop_ids, sampling)
     return [tokenizer.decode(start + more) for start, more in zip(starts, added, strict=True)]
 
 
@@ -213,7 +216,7 @@ def main(
     tokenizer = Tokenizer.from_str(saved.tokenizer)
     starts = encode_prompts(tokenizer, prompts)
     model = saved.state.model().to(choose_device(device))
-    drawn = draw_tokens(model, starts, length, saved.eos_id, sampling)
+    drawn = draw_tokens(model, starts, length, saved.special_tokens.stop_ids, sampling)
     for part in stream_stories(tokenizer, starts, drawn):
         print(part, end="", flush=True)
 

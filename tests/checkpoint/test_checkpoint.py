@@ -20,6 +20,7 @@ from utils.checkpoint.model import (
     load_checkpoint,
     save_checkpoint,
 )
+from utils.text.special_tokens import SpecialTokens
 
 resource = pytest.importorskip("resource")
 
@@ -30,9 +31,12 @@ GROWTHS = (
 )
 
 
+SPECIAL_TOKENS = SpecialTokens((7, 3), 1, "{{ x }}")
+
+
 def make_checkpoint(config: ModelConfig = DENSE, **fields) -> Checkpoint:
     weights = TrainState.from_model(random_model(config).float()).weights
-    return Checkpoint(config, weights, tokenizer='{"a": "\\u00f6"}', eos_id=7, **fields)
+    return Checkpoint(config, weights, '{"a": "\\u00f6"}', SPECIAL_TOKENS, **fields)
 
 
 def torch_file(content) -> bytes:

@@ -33,6 +33,7 @@ from utils.checkpoint.model import (
 )
 from utils.runtime.atomic_io import CHECKSUM_TAG, checksum_trailer
 from utils.text.builtin.stories import builtin_stories
+from utils.text.special_tokens import SpecialTokens
 from utils.text.tokenizer import learn_tokenizer
 
 
@@ -135,7 +136,7 @@ def whole_file(tmp_path_factory):
     torch.manual_seed(0)
     weights = TrainState.from_model(SLM(MODEL)).weights
     probe = torch.randint(MODEL.vocab_size, (2, MODEL.seq_len + 1))
-    save_checkpoint(path, Checkpoint(MODEL, weights, tokenizer, eos_id=0, probe=probe))
+    save_checkpoint(path, Checkpoint(MODEL, weights, tokenizer, SpecialTokens((0,)), probe=probe))
     return path.read_bytes()
 
 

@@ -93,7 +93,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
     def send_file(self, repo: str, revision: str, path: str) -> None:
         content = self.server.files_of(repo).get(path)
         if content is None:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit_of(revision)}
+            return self.answer(404, b"", missing)
         headers = {
             "ETag": f'"{git_hash(content)}"',
             "X-Repo-Commit": commit_of(revision),

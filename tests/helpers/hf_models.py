@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +45,30 @@ def save_hf_model(folder: Path, config: dict, dtype: torch.dtype = torch.float32
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_instruct(folder: Path) -> Path:
+    """Makes a saved model one that talks: texts begin with `<s>`, which its tokenizer puts there,
+    and its turns end with `<|im_end|>`, at which, or at `<|endoftext|>`, it stops. Returns it."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    for token_id, name in ((200, "<s>"), (201, "<|im_end|>")):  # in place of rare bytes
+        old = next(token for token, i in vocabulary.items() if i == token_id)
+        vocabulary[name] = vocabulary.pop(old)
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.add_special_tokens(["<s>", "<|im_end|>"])
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 200)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"bos_token_id": 200, "eos_token_id": [201, 0]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
 
 

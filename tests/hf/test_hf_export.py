@@ -12,14 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from config import Deepen, InputError, ModelConfig, RopeScaling, Upcycle, Widen
-from tests.helpers.hf_models import assert_same_logits
+from tests.helpers.hf_models import (
+    SMOLLM2,
+    assert_same_logits,
+    hf_logits,
+    make_instruct,
+    save_hf_model,
+)
 from tests.helpers.small_models import random_model, windows
 from transfer import TrainState, apply_plan, make_plan
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
-from utils.hf import convert
+from utils.hf import convert, parity
 from utils.hf.config_json import to_hf_config
 from utils.hf.convert import export_checkpoint, import_model
 from utils.hf.grow_folder import grow_folder
@@ -28,6 +35,7 @@ from utils.hf.pretrained import find_pretrained
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import RunStopped
 from utils.text.builtin.stories import builtin_stories
+from utils.text.special_tokens import SpecialTokens
 from utils.text.tokenizer import learn_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +85,7 @@ def make_checkpoint(tokenizer, tmp_path):
         for growth in growths:
             state = apply_plan(*make_plan(state.config, growth), state)
         checkpoint = Checkpoint(
-            state.config, state.weights, tokenizer.to_str(), eos_id=0, growth_history=growths
+            state.config, state.weights, tokenizer.to_str(), SpecialTokens((0,)), growths
         )
         save_checkpoint(tmp_path / name, replace(checkpoint, **settings))
         return tmp_path / name
@@ -143,6 +151,53 @@ def test_an_export_keeps_the_end_of_text_and_the_load_balancing_loss(make_checkp
     assert find_pretrained(str(tmp_path / "out")).load_balance_coef == 0.025
 
 
+def test_in_and_out_again_texts_begin_end_and_are_talked_in_as_before(tmp_path):
+    source, out = make_instruct(save_hf_model(tmp_path / "source", SMOLLM2)), tmp_path / "out"
+    import_model(str(source), tmp_path / "a.pt")
+    export_checkpoint(tmp_path / "a.pt", out)
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    assert new("One day")["input_ids"] == old("One day")["input_ids"]
+    assert new("One day")["input_ids"][0] == new.bos_token_id == old.bos_token_id == 200
+    assert new.eos_token == old.eos_token == "<|im_end|>"
+    talk = [{"role": "user", "content": "One day"}]
+    expected = old.apply_chat_template(talk, tokenize=False)
+    assert new.apply_chat_template(talk, tokenize=False) == expected == "One day<|im_end|>"
+    for folder in (source, out):
+        settings = GenerationConfig.from_pretrained(folder)
+        assert (settings.bos_token_id, settings.eos_token_id) == (200, [201, 0])
+    # What lm-evaluation-harness scores with: the first token, the longest context, the logits.
+    old, new = (AutoConfig.from_pretrained(folder) for folder in (source, out))
+    assert new.max_position_embeddings == old.max_position_embeddings
+    assert torch.equal(hf_logits(out), hf_logits(source))
+
+
+def test_an_export_keeps_the_longer_context_of_the_model_that_it_began_as(
+    make_checkpoint, tmp_path
+):
+    export_checkpoint(make_checkpoint(max_seq_len=512), tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").max_position_embeddings == 512
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 512
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_export_has_the_dtype_that_is_asked_for(make_checkpoint, tmp_path, dtype):
+    checkpoint = make_checkpoint(CONFIG, GROWTHS[:1])
+    export_checkpoint(checkpoint, tmp_path / "out", dtype=dtype)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
+    assert AutoConfig.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+    expected = load_checkpoint(checkpoint).weights["norm.weight"].to(getattr(torch, dtype))
+    assert torch.equal(weights["model.norm.weight"], expected)
+
+
+def test_a_folder_that_transformers_refuses_is_not_written(make_checkpoint, tmp_path, monkeypatch):
+    refused = to_hf_config(CONFIG, 0.01) | {"model_type": "none"}
+    monkeypatch.setattr(convert, "to_hf_config", lambda *_: refused)
+    with pytest.raises(RunStopped, match=r"transformers cannot load it .* nothing is written"):
+        export_checkpoint(make_checkpoint(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_says_how_a_model_began_and_which_growths_kept_its_function(
     make_checkpoint, hf_folders, tmp_path
 ):
@@ -177,7 +232,7 @@ def test_a_model_that_transformers_computes_otherwise_is_not_exported(
     before = file_contents(out)
     wrong = to_hf_config(CONFIG, 0.01) | {"rope_theta": 9_000.0}
     monkeypatch.setattr(convert, "to_hf_config", lambda *_: wrong)
-    with pytest.raises(RunStopped, match=r"logits are off by .* nothing is exported"):
+    with pytest.raises(RunStopped, match=r"logits are off by .* nothing is written"):
         export_checkpoint(file, out, overwrite=True)
     assert file_contents(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "out"]
@@ -192,7 +247,7 @@ def test_a_cache_that_changes_the_text_is_noticed():
 
 
 def test_without_transformers_an_export_says_how_to_get_it(make_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    monkeypatch.setattr(parity, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install 'transformers>=5'"):
         export_checkpoint(make_checkpoint(), tmp_path / "out")
 

@@ -1,5 +1,6 @@
 """Growing a folder in transformers' format."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import InputError
@@ -17,8 +19,11 @@ from tests.helpers.hf_models import (
     hf_logits,
     save_hf_model,
 )
+from utils.hf.config_json import to_hf_config
+from utils.hf.convert import export_checkpoint, import_model
 from utils.hf.grow_folder import grow_folder
 from utils.hf.pretrained import find_pretrained
+from utils.runtime.errors import RunStopped
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +72,67 @@ def test_growing_keeps_the_dtype_but_for_widening(growths, dtype, tmp_path, caps
     assert f"GB of {name} weights" in capsys.readouterr().out
     assert_same_logits(hf_logits(tmp_path / "big"), hf_logits(small))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "big").dtype == dtype
+
+
+def test_one_router_in_float32_leaves_the_rest_in_bfloat16(tmp_path):
+    small = save_hf_model(tmp_path / "small", SMOLLM2, torch.bfloat16)
+    grow_folder(str(small), tmp_path / "moe", upcycle=4)
+    file = tmp_path / "moe" / "model.safetensors"
+    router = "model.layers.1.block_sparse_moe.gate.weight"
+    tensors = load_file(file)
+    tensors[router] = tensors[router].float() * 1.001
+    save_file(tensors, file, {"format": "pt"})
+    grow_folder(str(tmp_path / "moe"), tmp_path / "deep", deepen=1, placement="end")
+    import_model(str(tmp_path / "moe"), tmp_path / "a.pt")
+    export_checkpoint(tmp_path / "a.pt", tmp_path / "back")
+    for name in ("deep", "back"):
+        written = load_file(tmp_path / name / "model.safetensors")
+        assert torch.equal(written[router], tensors[router])
+        others = {weight.dtype for tensor, weight in written.items() if tensor != router}
+        assert others == {torch.bfloat16}
+        assert AutoConfig.from_pretrained(tmp_path / name).dtype == torch.bfloat16
+
+
+def change_config(folder, **changes):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+def test_what_a_config_says_of_layers_and_code_does_not_outlive_a_growth(tmp_path):
+    small = save_hf_model(tmp_path / "small", SMOLLM2)
+    layers = SMOLLM2["num_hidden_layers"]
+    code = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    change_config(small, layer_types=["full_attention"] * layers, auto_map=code)
+    grow_folder(str(small), tmp_path / "big", deepen=2)
+    assert_same_logits(hf_logits(tmp_path / "big"), hf_logits(small))
+    big = json.loads((tmp_path / "big" / "config.json").read_text())
+    assert "auto_map" not in big and (big["eos_token_id"], big["initializer_range"]) == (0, 0.1)
+
+
+def test_a_grown_folder_that_transformers_computes_otherwise_is_not_written(
+    hf_folders, tmp_path, monkeypatch
+):
+    def wrong(config, coef):
+        return to_hf_config(config, coef) | {"rope_theta": 9_000.0}
+
+    monkeypatch.setattr("utils.hf.grow_folder.to_hf_config", wrong)
+    with pytest.raises(RunStopped, match=r"transformers' logits are off by .* nothing is written"):
+        grow_folder(str(hf_folders["smollm2"]), tmp_path / "big", deepen=1)
+    assert not (tmp_path / "big").exists()
+
+
+@pytest.mark.parametrize(
+    "option, growths, operator",
+    [
+        ({"top_k": 2}, {"widen": 2}, "upcycle"),
+        ({"noise": 0.1}, {"deepen": 1}, "widen"),
+        ({"placement": "end"}, {"upcycle": 4}, "deepen"),
+    ],
+)
+def test_an_option_without_effect_is_refused(hf_folders, tmp_path, option, growths, operator):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=f"{name} = {value} has no effect without --{operator}"):
+        grow_folder(str(hf_folders["smollm2"]), tmp_path / "out", **growths, **option)
 
 
 def test_growth_prints_what_it_moved_took_and_wrote(hf_folders, story_file, tmp_path, capsys):

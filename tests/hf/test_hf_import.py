@@ -39,7 +39,7 @@ def test_an_imported_model_computes_what_it_did(hf_folders, name, tmp_path):
     with torch.no_grad():
         logits = checkpoint.state.model()(random_tokens()).logits
     assert_same_logits(logits, hf_logits(hf_folders[name]))
-    assert checkpoint.eos_id == 0
+    assert checkpoint.special_tokens.stop_ids == (0,)
     assert checkpoint.config.seq_len == HF_MODELS[name]["max_position_embeddings"]
     with pytest.raises(InputError, match=r"a.pt is there: --overwrite"):
         import_model(str(hf_folders[name]), tmp_path / "a.pt")
@@ -55,7 +55,7 @@ def test_in_and_out_again_every_weight_is_what_it_was_bit_for_bit(name, dtype, t
     assert {weight.dtype for weight in after.values()} == {dtype}
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     old, new = (AutoConfig.from_pretrained(folder).to_dict() for folder in (source, back))
-    for key in old.keys() - {"_name_or_path", "bos_token_id", "initializer_range"}:
+    for key in old.keys() - {"_name_or_path", "initializer_range"}:
         assert new[key] == old[key], key
 
 
@@ -104,6 +104,7 @@ def test_weights_in_several_files_are_the_same_weights(hf_folders, tmp_path):
         ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 2}, r"model.layers.2.\S+ cannot be represented"),
         ({"intermediate_size": 97}, r"is \(64, 96\), not \(64, 97\)"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .*sliding"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -144,7 +145,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(hf_folders, tmp_path, chang
         ("config.json", None, "no folder with a config.json"),
         ("config.json", b"{", "config.json cannot be read"),
         ("config.json", b"[1]", "config.json cannot be read"),
-        ("model.safetensors", None, "there is no model.safetensors"),
+        ("model.safetensors", None, "there is no model.safetensors or pytorch_model.bin"),
         ("model.safetensors", b"pickle", "is damaged or no safetensors file"),
         ("tokenizer.json", None, "no such folder with a tokenizer.json"),
     ],
@@ -155,6 +156,33 @@ def test_a_missing_or_damaged_file_is_named(hf_folders, tmp_path, name, content,
     if content is not None:
         (tmp_path / "a" / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
+        import_model(str(tmp_path / "a"), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_weights_that_torch_saved_are_the_same_weights(hf_folders, tmp_path, is_sharded):
+    source, folder = hf_folders["llama3"], tmp_path / "bin"
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: "pytorch_model.bin" for name in tensors}
+    if is_sharded:
+        files = {name: f"pytorch_model-{len(name) % 2}.bin" for name in tensors}
+        index = folder / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": files}))
+    for file in set(files.values()):
+        torch.save({name: tensors[name] for name in files if files[name] == file}, folder / file)
+    states = (find_pretrained(str(f)).load_state() for f in (folder, source))
+    assert is_identical(*states)
+    (folder / file).write_bytes(b"no pickle")
+    with pytest.raises(InputError, match=rf"{file} is damaged.*save_pretrained"):
+        find_pretrained(str(folder))
+
+
+def test_a_sentencepiece_model_alone_is_told_how_to_convert(hf_folders, tmp_path):
+    shutil.copytree(hf_folders["llama3"], tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").rename(tmp_path / "a" / "tokenizer.model")
+    with pytest.raises(InputError, match=r"tokenizer.model.*AutoTokenizer.*save_pretrained"):
         import_model(str(tmp_path / "a"), tmp_path / "a.pt")
 
 

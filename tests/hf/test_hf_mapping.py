@@ -16,7 +16,13 @@ from tests.helpers.small_models import (
     random_train_state,
 )
 from transfer import TrainState
-from utils.hf.config_json import from_hf_config, to_hf_config
+from utils.hf.config_json import (
+    EXPERT_KEYS,
+    HF_DEFAULTS,
+    MODEL_KEYS,
+    from_hf_config,
+    to_hf_config,
+)
 from utils.hf.state_dict import from_hf, hf_shapes, to_hf
 
 LINEAR = replace(DENSE, rope_scaling=RopeScaling("linear", 2.0), rope_theta=777.0, norm_eps=1e-3)
@@ -43,6 +49,16 @@ def test_transformers_reads_every_setting_of_an_exported_model():
     assert (read.head_dim, read.num_key_value_heads, read.rms_norm_eps) == (10, 2, 1e-3)
     assert read.tie_word_embeddings and read.max_position_embeddings == 48
     assert read.rope_parameters == {"rope_theta": 777.0, **asdict(scaling)}
+
+
+@pytest.mark.parametrize("family", HF_DEFAULTS)
+def test_a_key_that_is_missing_means_what_it_means_to_transformers(family):
+    keys = {*MODEL_KEYS, *EXPERT_KEYS, "num_key_value_heads", "router_aux_loss_coef"}
+    theirs = AutoConfig.for_model(family)
+    written = {key: value for key, value in theirs.to_dict().items() if key in keys}
+    written |= {"rope_theta": theirs.rope_parameters["rope_theta"], "model_type": family}
+    (own, coef), (config, their_coef) = map(from_hf_config, ({"model_type": family}, written))
+    assert replace(own, n_kv_heads=own.kv_heads) == config and coef == their_coef
 
 
 def test_learned_positions_are_refused():

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from utils.text import fast_encode
 from utils.text.builtin.stories import builtin_stories
@@ -121,6 +122,23 @@ def test_a_word_that_has_come_before_needs_no_encoding():
     assert encode(["one two two", "two", "two<end>"]) == [b"ONE TWO TWO", b"TWO", b"TWO<END>"]
     assert encode([" two two three"]) == [b" TWO TWO THREE"]
     assert known == {"one", " two", "two", "two<end>", " three"}
+
+
+def test_every_story_begins_and_ends_with_its_token_and_a_part_of_one_does_not(tmp_path):
+    tokenizer = changed_tokenizer(
+        post_processor=TemplateProcessing("<end> $A", special_tokens=[("<end>", 7)])
+    )
+    parts = [(False, "a b", False), (False, " c", True), (True, "d", True), (False, "e", True)]
+    chunks = [(is_valid, TextChunk(text, ends_story)) for is_valid, text, ends_story in parts]
+    train, valid = tmp_path / "train.bin", tmp_path / "valid.bin"
+    write_tokens(chunks, tokenizer, 9, DTYPE, train, valid)
+
+    def ids(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    expected = [7, *ids("a b"), *ids(" c"), 9, 7, *ids("e"), 9]
+    assert np.fromfile(train, DTYPE).tolist() == expected
+    assert np.fromfile(valid, DTYPE).tolist() == [7, *ids("d"), 9]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):

@@ -27,16 +27,16 @@ def folder(tmp_path):
 
 
 def test_a_learned_tokenizer_reads_back_what_it_has_never_seen():
-    tokenizer, eos_id = load_tokenizer("learned", 300, lambda: builtin_stories(30))
+    tokenizer, special = load_tokenizer("learned", 300, lambda: builtin_stories(30))
     assert embedding_rows(tokenizer) == 300
-    assert tokenizer.id_to_token(eos_id) == SEPARATOR
+    assert tokenizer.id_to_token(special.eos_id) == SEPARATOR
     text = " \u00e9\u4e2d\U0001f600 x\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_a_folders_tokenizer_ends_texts_with_its_own_token(folder):
-    tokenizer, eos_id = load_tokenizer(str(folder), 0, read_no_text)
-    assert tokenizer.id_to_token(eos_id) == "<end>"
+    tokenizer, special = load_tokenizer(str(folder), 0, read_no_text)
+    assert tokenizer.id_to_token(special.eos_id) == "<end>"
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match=r"data.tokenizer = .* has no token that ends a text"):
         load_tokenizer(str(folder), 0, read_no_text)

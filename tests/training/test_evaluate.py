@@ -58,7 +58,8 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
     main(run)
     events = read_history(run.out / HISTORY_FILE)
     checkpoints = [load_checkpoint(run.out / f"{name}_final.pt") for name in SCHEDULE]
-    tokenizer, eos_id = Tokenizer.from_str(checkpoints[0].tokenizer), checkpoints[0].eos_id
+    first = checkpoints[0]
+    tokenizer, eos_id = Tokenizer.from_str(first.tokenizer), first.special_tokens.eos_id
     windows, train_windows = (
         make_windows(text, tokenizer, eos_id, MODEL.seq_len) for text in (valid_text, train_text)
     )

@@ -107,7 +107,7 @@ def test_every_phase_ends_with_stories_that_its_model_writes_with_the_runs_seed(
         stories = write_stories(
             saved.state.model(),
             Tokenizer.from_str(saved.tokenizer),
-            saved.eos_id,
+            saved.special_tokens.stop_ids,
             PROMPTS,
             finished.training.sample_tokens,
             Sampling(seed=finished.seed),

@@ -21,8 +21,9 @@ from transfer import TrainState
 from transfer.plan import param_shapes
 from utils.runtime.atomic_io import load_tensors, save_tensors
 from utils.runtime.device import on_cpu
+from utils.text.special_tokens import SpecialTokens
 
-CHECKPOINT_SCHEMA = 2
+CHECKPOINT_SCHEMA = 3
 OPERATORS = {operator.__name__: operator for operator in (Upcycle, Widen, Deepen)}
 
 
@@ -34,8 +35,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     tokenizer: str
     """The tokenizer.json of the `tokenizers` library."""
-    eos_id: int
-    """Id of the end-of-text token."""
+    special_tokens: SpecialTokens
     growth_history: tuple[Growth, ...] = ()
     """Every operator that the model has been through, in order."""
     probe: Tensor | None = None
@@ -48,6 +48,9 @@ class Checkpoint:
     """Weight of the load-balancing loss that it was trained with."""
     init_from: str = ""
     """The pretrained model that it began as; empty for random weights."""
+    max_seq_len: int = 0
+    """Context of that model in tokens, where it is longer than the one that this was trained on;
+    an export has it again."""
 
     @property
     def state(self) -> TrainState:
@@ -70,6 +73,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             {"operator": type(growth).__name__, **asdict(growth)}
             for growth in checkpoint.growth_history
         ],
+        "special_tokens": asdict(checkpoint.special_tokens),
         "probe": None if checkpoint.probe is None else checkpoint.probe.cpu(),
     }
     save_tensors(path, content)
@@ -90,6 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
     try:
         content["config"] = ModelConfig.from_dict(content["config"])
+        content["special_tokens"] = SpecialTokens(**content["special_tokens"])
         content["growth_history"] = tuple(map(growth_from_dict, content["growth_history"]))
         checkpoint = Checkpoint(**content)
     except (KeyError, TypeError, AttributeError, InputError) as error:

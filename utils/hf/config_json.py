@@ -27,10 +27,14 @@ ROPE_SCALING_KEYS = {
 """For each kind of rotary scaling that can be represented, the keys that describe it."""
 HF_DEFAULTS = {
     "llama": {
-        "num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+        "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
     },
     "mixtral": {
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+        "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 1e-3,
     },
 }  # fmt: skip
@@ -110,6 +114,11 @@ def from_hf_config(values: dict) -> tuple[ModelConfig, float]:
         for key, allowed in REPRESENTABLE.items():
             value = values.get(key, allowed[0])
             require(value in allowed, f"{key} = {value} cannot be represented")
+        layer_types = values.get("layer_types") or ()
+        require(
+            set(layer_types) <= {"full_attention"},
+            f"layer_types = {layer_types} cannot be represented, only full_attention",
+        )
         keys = MODEL_KEYS | (EXPERT_KEYS if family == "mixtral" else {})
         config = ModelConfig(
             **{name: values[key] for key, name in keys.items()},

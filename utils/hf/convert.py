@@ -1,8 +1,10 @@
 """Exports a checkpoint of this project to transformers' format, and imports a model from it."""
 
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import torch
 from tokenizers import Tokenizer
 
 from config import require
@@ -15,13 +17,18 @@ from utils.hf.model_folder import (
     write_json,
     write_model,
 )
-from utils.hf.parity import check_parity
+from utils.hf.parity import check_parity, require_transformers
 from utils.hf.pretrained import find_pretrained, model_title
 from utils.runtime.atomic_io import explain_write_errors
-from utils.text.tokenizer import TOKENIZER_CONFIG, TOKENIZER_JSON, read_tokenizer
+from utils.text.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, SpecialTokens
+from utils.text.tokenizer import TOKENIZER_JSON, read_tokenizer
+
+FloatName = Literal["float32", "bfloat16", "float16"]
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False) -> None:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, /, dtype: FloatName | None = None, overwrite: bool = False
+) -> None:
     """Write a checkpoint as a folder that transformers and lm-evaluation-harness load without any
     code of this project: a LlamaForCausalLM, or with experts a MixtralForCausalLM.
 
@@ -30,20 +37,18 @@ def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False
     Args:
         checkpoint: A .pt file of a run.
         folder: The folder to write.
+        dtype: Round the weights to it. None leaves each as it is.
         overwrite: Replace a model that is there.
 
     Raises:
         InputError: if the model cannot be represented, or the folder cannot be written.
         RunStopped: if transformers computes something else.
     """
-    require(
-        find_spec("transformers") is not None,
-        "export checks what it writes with transformers, which is not here: "
-        "pip install 'transformers>=5'",
-    )
-    saved = load_checkpoint(checkpoint)
-    hf_config = to_hf_config(saved.config, saved.load_balance_coef)
-    hf_config |= {"bos_token_id": None, "eos_token_id": saved.eos_id}
+    require_transformers()
+    saved = load_in_dtype(checkpoint, dtype)
+    context = max(saved.config.seq_len, saved.max_seq_len)
+    hf_config = to_hf_config(replace(saved.config, seq_len=context), saved.load_balance_coef)
+    hf_config |= special_token_ids(saved.special_tokens)
     card = model_card(
         folder.resolve().name,
         saved.config,
@@ -56,8 +61,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False
     weight_bytes = sum(weight.nbytes for weight in saved.weights.values())
     with new_model_folder(folder, overwrite, weight_bytes) as part:
         write_model(part, saved.config, saved.weights, hf_config, card)  # empties the weights
-        write_tokenizer(part, saved)
-        drift = check_parity(part, load_checkpoint(checkpoint))
+        write_tokenizer(part, saved, context)
+        drift = check_parity(part, load_in_dtype(checkpoint, dtype))
     architecture, model = hf_config["architectures"][0], describe_model(saved.config)
     print(f"{folder}: {architecture}, {model}, {weight_bytes / 1e9:.3g} GB")
     print(
@@ -67,28 +72,53 @@ def export_checkpoint(checkpoint: Path, folder: Path, /, overwrite: bool = False
     )
 
 
-def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint's tokenizer, and the settings that generation needs."""
+def load_in_dtype(checkpoint: Path, dtype: FloatName | None) -> Checkpoint:
+    """Reads a checkpoint, its weights rounded to `dtype`; None leaves each as it is."""
+    saved = load_checkpoint(checkpoint)
+    if dtype is not None:
+        for name, weight in saved.weights.items():
+            saved.weights[name] = weight.to(getattr(torch, dtype))
+    return saved
+
+
+def special_token_ids(special_tokens: SpecialTokens) -> dict:
+    """Returns the entries of config.json and generation_config.json for special tokens."""
+    stop_ids = list(special_tokens.stop_ids)
+    eos_id = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    return {"bos_token_id": special_tokens.bos_id, "eos_token_id": eos_id}
+
+
+def write_tokenizer(folder: Path, checkpoint: Checkpoint, context: int) -> None:
+    """Writes a checkpoint's tokenizer, and the settings that generation needs. `context` is the
+    longest text in tokens."""
     (folder / TOKENIZER_JSON).write_text(checkpoint.tokenizer, encoding="utf-8")
-    eos_token = Tokenizer.from_str(checkpoint.tokenizer).id_to_token(checkpoint.eos_id)
+    tokenizer, special = Tokenizer.from_str(checkpoint.tokenizer), checkpoint.special_tokens
+    eos_token = tokenizer.id_to_token(special.eos_id)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos_token,
         "pad_token": eos_token,
-        "model_max_length": checkpoint.config.seq_len,
+        "model_max_length": context,
         "clean_up_tokenization_spaces": False,
     }
-    generation = {"eos_token_id": checkpoint.eos_id, "pad_token_id": checkpoint.eos_id}
+    if special.bos_id is not None:
+        settings["bos_token"] = tokenizer.id_to_token(special.bos_id)
+    if special.chat_template:
+        settings["chat_template"] = special.chat_template
+    generation = special_token_ids(special) | {"pad_token_id": special.eos_id}
     write_json(folder / TOKENIZER_CONFIG, settings)
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / GENERATION_CONFIG, generation)
 
 
-def import_model(model: str, checkpoint: Path, /, overwrite: bool = False) -> None:
+def import_model(
+    model: str, checkpoint: Path, /, eos_token: str = "", overwrite: bool = False
+) -> None:
     """Write a Llama or Mixtral in transformers' format as a checkpoint of this project.
 
     Args:
         model: A folder, or a name on the Hugging Face hub.
         checkpoint: The .pt file to write.
+        eos_token: The token that ends a text. Empty takes the one that the model's files name.
         overwrite: Replace a file that is there.
 
     Raises:
@@ -97,12 +127,12 @@ def import_model(model: str, checkpoint: Path, /, overwrite: bool = False) -> No
     require(overwrite or not checkpoint.exists(), f"{checkpoint} is there: --overwrite replaces it")
     require(checkpoint.parent.is_dir(), f"{checkpoint}: there is no folder {checkpoint.parent}")
     pretrained = find_pretrained(model)
-    tokenizer, eos_id = read_tokenizer(model)
+    tokenizer, special_tokens = read_tokenizer(model, eos_token)
     imported = Checkpoint(
         config=pretrained.config,
         weights=pretrained.load_state().weights,
         tokenizer=tokenizer.to_str(),
-        eos_id=eos_id,
+        special_tokens=special_tokens,
         load_balance_coef=pretrained.load_balance_coef,
         init_from=model_title(model),
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from config import Deepen, Growth, InputError, ModelConfig, Placement, Upcycle, Widen, require
 from transfer import GrowthError, grow, make_plan
+from transfer.checks import run_twice
 from transfer.plan import grown_dtype
 from utils.hf.config_json import to_hf_config
 from utils.hf.model_folder import (
@@ -14,7 +15,14 @@ from utils.hf.model_folder import (
     new_model_folder,
     write_model,
 )
-from utils.hf.parity import PROBE_TOKENS, PROBE_WINDOWS, some_stories, text_probe
+from utils.hf.parity import (
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    check_grown_folder,
+    require_transformers,
+    some_stories,
+    text_probe,
+)
 from utils.hf.pretrained import Pretrained, fetch_model_file, find_pretrained, model_title
 from utils.runtime.cpu import peak_resident_gb, return_freed_memory
 from utils.runtime.device import dtype_name
@@ -26,11 +34,9 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 """Files beside the model that stay as they are when it grows."""
-DROPPED_KEYS = {
-    "attention_bias", "dtype", "experts_implementation", "mlp_bias", "pretraining_tp",
-    "rope_parameters", "torch_dtype",
-}  # fmt: skip
-"""Keys of a config.json that the grown model's has otherwise, or not at all."""
+KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
+"""Keys of a config.json that the grown model's has as well. All others follow from its shape, or
+may be wrong for it, like `layer_types` of fewer layers or `auto_map` to code for another class."""
 MAX_CHARS_PER_TOKEN = 16
 """Characters to read for each token that the probe needs."""
 
@@ -42,9 +48,9 @@ def grow_folder(
     upcycle: int = 0,
     widen: int = 1,
     deepen: int = 0,
-    top_k: int = Upcycle.top_k,
-    noise: float = Widen.noise,
-    placement: Placement = Deepen.placement,
+    top_k: int | None = None,
+    noise: float | None = None,
+    placement: Placement | None = None,
     text: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
@@ -61,9 +67,11 @@ def grow_folder(
         upcycle: Number of experts that each feed-forward becomes. 0 leaves it dense.
         widen: How many times as wide the model becomes.
         deepen: Number of new layers.
-        top_k: Experts that each token visits.
+        top_k: Experts that each token visits. None takes 2.
         noise: Standard deviation of the noise on widening's copies, relative to each weight's own.
-        placement: Put the new layers between the old ones, after the last, or in the middle.
+            None takes 0.1.
+        placement: Put the new layers between the old ones (interleaved, and None), after the last
+            (end), or in the middle.
         text: Compare the models on the beginning of this file instead of on the built-in stories.
         seed: Seed of routers, noise and new layers.
         overwrite: Replace a model that is there.
@@ -71,14 +79,13 @@ def grow_folder(
     Raises:
         InputError: if there is nothing to do, the model cannot be represented or grown like that,
             or the folder cannot be written.
-        RunStopped: if a growth moved the function further than it may.
+        RunStopped: if a growth moved the function further than it may, or transformers cannot load
+            what was written or computes something else.
     """
     start = time.perf_counter()
     return_freed_memory()
-    growths: list[Growth] = [Upcycle(upcycle, top_k)] if upcycle else []
-    growths += [Widen(widen, noise)] if widen != 1 else []
-    growths += [Deepen(deepen, placement)] if deepen else []
-    require(bool(growths), "nothing to do: --upcycle, --widen or --deepen says how to grow")
+    require_transformers()
+    growths = asked_growths(upcycle, widen, deepen, top_k, noise, placement)
     pretrained = find_pretrained(model)
     config, dtype = pretrained.config, pretrained.dtype
     for growth in growths:
@@ -91,22 +98,54 @@ def grow_folder(
         beginning = some_stories() if text is None else read_beginning(text)
         source = "the built-in text" if text is None else f"text = {text}"
         probe = text_probe(tokenizer, pretrained.config, beginning, source)
-        state = pretrained.load_state(dtype)
+        state = pretrained.load_state()
         for i, growth in enumerate(growths):
             try:
                 state, drift = grow(state, growth, probe, seed + i, consume=True)
             except GrowthError as error:
                 raise RunStopped(f"{error}; nothing is written") from error
             print(f"{type(growth).__name__} kept the function: {drift}")
-        hf_config = grown_hf_config(pretrained, config)
+        hf_config, own = grown_hf_config(pretrained, config), run_twice(state.model(), probe)
         weight_bytes = write_model(part, config, state.weights, hf_config, card)
         copy_tokenizer(model, part)
+        check_grown_folder(part, config, own, probe)
     seconds, memory = time.perf_counter() - start, peak_resident_gb()
     peak = "" if memory is None else f", peak memory {memory:.2f} GB"
     print(
         f"{folder}: {describe_model(config)}, {weight_bytes / 1e9:.3g} GB of {dtype_name(dtype)} "
         f"weights, in {seconds:.1f} s{peak}"
     )
+
+
+def asked_growths(
+    upcycle: int,
+    widen: int,
+    deepen: int,
+    top_k: int | None,
+    noise: float | None,
+    placement: Placement | None,
+) -> list[Growth]:
+    """Returns the operators that the options of `grow_folder` ask for.
+
+    Raises:
+        InputError: if they ask for none, or one of them would have no effect.
+    """
+    for option, value, operator, is_asked in (
+        ("top_k", top_k, "upcycle", upcycle),
+        ("noise", noise, "widen", widen != 1),
+        ("placement", placement, "deepen", deepen),
+    ):
+        require(
+            value is None or bool(is_asked),
+            f"{option} = {value} has no effect without --{operator}",
+        )
+    top_k = Upcycle.top_k if top_k is None else top_k
+    noise = Widen.noise if noise is None else noise
+    growths: list[Growth] = [Upcycle(upcycle, top_k)] if upcycle else []
+    growths += [Widen(widen, noise)] if widen != 1 else []
+    growths += [Deepen(deepen, placement or Deepen.placement)] if deepen else []
+    require(bool(growths), "nothing to do: --upcycle, --widen or --deepen says how to grow")
+    return growths
 
 
 def read_beginning(path: Path) -> str:
@@ -120,9 +159,9 @@ def read_beginning(path: Path) -> str:
 
 
 def grown_hf_config(pretrained: Pretrained, config: ModelConfig) -> dict:
-    """Returns the entries of the grown model's config.json: those of the old one, with the new
-    architecture's in their place."""
-    kept = {key: value for key, value in pretrained.hf_config.items() if key not in DROPPED_KEYS}
+    """Returns the entries of the grown model's config.json: those of the new architecture, and
+    KEPT_KEYS of the old one."""
+    kept = {key: value for key, value in pretrained.hf_config.items() if key in KEPT_KEYS}
     return kept | to_hf_config(config, pretrained.load_balance_coef)
 
 

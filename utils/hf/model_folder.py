@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
@@ -59,10 +61,18 @@ def write_model(
     Returns:
         The bytes of the files of weights.
     """
-    dtype = dtype_name(next(iter(weights.values())).dtype)
+    dtype = dtype_name(main_dtype(weights))
     write_json(folder / CONFIG_FILE, hf_config | {"torch_dtype": dtype})
     card.save(folder / "README.md")
     return write_weights(folder, to_hf(config, weights))
+
+
+def main_dtype(weights: dict[str, Tensor]) -> torch.dtype:
+    """Returns the dtype of most of the numbers in some weights."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in weights.values():
+        sizes[weight.dtype] += weight.numel()
+    return sizes.most_common(1)[0][0]
 
 
 def write_weights(

@@ -1,5 +1,6 @@
 """Whether transformers, reading an exported folder, computes what the model itself does."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from config import ModelConfig, require
 from transfer import FunctionDrift
-from transfer.checks import FLOOR_FACTOR, compare_outputs, max_difference
-from transfer.probe import ProbeOutput, exact_matmul, run_probe
+from transfer.checks import FLOOR_FACTOR, compare_outputs, max_difference, run_twice
+from transfer.probe import ProbeOutput, exact_matmul
 from utils.checkpoint.model import Checkpoint
 from utils.data import first_windows
 from utils.runtime.errors import RunStopped
+from utils.runtime.hub import first_line
 from utils.text.builtin.stories import builtin_stories
+from utils.text.tokenizer import TOKENIZER_JSON
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 """Number of windows that an exported or grown model is compared on, and tokens in each."""
@@ -23,6 +26,51 @@ PROBE_STORIES = 40
 """Number of built-in stories that hold enough text for the probe of any tokenizer."""
 CONTINUATION_TOKENS = 12
 """Number of tokens that transformers generates, with its cache and without."""
+
+
+def require_transformers() -> None:
+    """Raises InputError where transformers, which checks what is written, is not installed."""
+    require(
+        find_spec("transformers") is not None,
+        "what is written is checked with transformers, which is not here: "
+        "pip install 'transformers>=5'",
+    )
+
+
+def load_with_transformers(folder: Path) -> tuple[Any, Any]:
+    """Returns the model, in float32, and the tokenizer that transformers reads from a folder; None
+    for the tokenizer of a folder without a tokenizer.json.
+
+    Raises:
+        RunStopped: if it refuses the folder.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        has_tokenizer = (folder / TOKENIZER_JSON).is_file()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    except Exception as error:  # it checks a configuration in many ways
+        raise RunStopped(
+            f"transformers cannot load it ({first_line(error)}); nothing is written"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def check_grown_folder(
+    folder: Path, config: ModelConfig, own: tuple[ProbeOutput, ProbeOutput], probe: Tensor
+) -> None:
+    """Compares the model that transformers reads from `folder` with what a grown model computed on
+    windows (B, T + 1), in float64 and in float32.
+
+    Raises:
+        RunStopped: if transformers refuses the folder, computes other logits or chooses other
+            experts.
+    """
+    model, _ = load_with_transformers(folder)
+    check_logits(model, config, own, probe)
 
 
 def check_parity(folder: Path, checkpoint: Checkpoint) -> FunctionDrift:
@@ -35,21 +83,16 @@ def check_parity(folder: Path, checkpoint: Checkpoint) -> FunctionDrift:
         RunStopped: if transformers computes other logits, chooses other experts, encodes text into
             other tokens, or generates other text with its cache than without.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokenizer = load_with_transformers(folder)
     config, own = checkpoint.config, Tokenizer.from_str(checkpoint.tokenizer)
     if checkpoint.probe is None:
-        probe = text_probe(own, config, some_stories(), "the text of the built-in stories")
+        probe = text_probe(own, config, some_stories(), "the built-in text")
     else:
         probe = checkpoint.probe[:PROBE_WINDOWS, : PROBE_TOKENS + 1]
-    drift = check_logits(model, checkpoint, probe)
+    drift = check_logits(model, config, run_twice(checkpoint.state.model(), probe), probe)
     text = own.decode(probe.flatten().tolist(), skip_special_tokens=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if tokenizer(text)["input_ids"] != own.encode(text).ids:
-        raise RunStopped("transformers' tokenizer gives other tokens; nothing is exported")
+        raise RunStopped("transformers' tokenizer gives other tokens; nothing is written")
     check_generation(model, probe, config.seq_len)
     return drift
 
@@ -68,21 +111,24 @@ def text_probe(tokenizer: Tokenizer, config: ModelConfig, text: str, source: str
     return first_windows(np.array(ids), length, PROBE_WINDOWS * (length + 1))
 
 
-def check_logits(model: Any, checkpoint: Checkpoint, probe_BS: Tensor) -> FunctionDrift:
+def check_logits(
+    model: Any, config: ModelConfig, own: tuple[ProbeOutput, ProbeOutput], probe_BS: Tensor
+) -> FunctionDrift:
     """Returns how far transformers' `model`, which computes norms and angles in float32 at most, is
-    from the checkpoint's on windows (B, T + 1). Raises RunStopped if that is further than float32
-    takes the model from itself in float64."""
-    config, own_model = checkpoint.config, checkpoint.state.model()
-    own = run_probe(own_model, probe_BS)
-    floor = max_difference(run_probe(own_model, probe_BS, torch.float32), own)
+    on windows (B, T + 1) from our `own` output, in float64 and in float32 (`run_twice`).
+
+    Raises:
+        RunStopped: if that is further than float32 takes our model from itself.
+    """
+    floor = max_difference(*own)
     with torch.no_grad(), exact_matmul():
         outputs = [run_hf_window(model, config, window) for window in probe_BS.split(1)]
-    drift = compare_outputs(own, ProbeOutput.concatenate(outputs), [*range(config.n_layers)])
+    drift = compare_outputs(own[0], ProbeOutput.concatenate(outputs), [*range(config.n_layers)])
     allowed = FLOOR_FACTOR * floor
     if not (max(drift.max_logit_diff, drift.flip_margin) <= allowed and drift.is_judged):
         raise RunStopped(
             f"transformers' logits are off by {drift.max_logit_diff:.3g} (allowed: {allowed:.3g}), "
-            f"{drift.flipped} tokens go to other experts; nothing is exported"
+            f"{drift.flipped} tokens go to other experts; nothing is written"
         )
     return drift
 
@@ -111,4 +157,4 @@ def check_generation(model: Any, probe_BS: Tensor, seq_len: int) -> None:
         for use_cache in (True, False)
     )
     if cached.tolist() != uncached.tolist():
-        raise RunStopped("transformers generates otherwise with its cache; nothing is exported")
+        raise RunStopped("transformers generates otherwise with its cache; nothing is written")

@@ -3,6 +3,7 @@ parameters of this project."""
 
 import re
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -85,6 +86,9 @@ def from_hf(config: ModelConfig, read: Callable[[str], Tensor]) -> dict[str, Ten
 
     def read_param(name: str) -> Tensor:
         tensors = [read(hf_name) for hf_name in hf_names(name, config.num_experts)]
-        return torch.stack(tensors) if is_stacked(name) else tensors[0]
+        if not is_stacked(name):
+            return tensors[0]
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        return torch.stack([tensor.to(dtype) for tensor in tensors])
 
     return {name: read_param(name) for name in param_shapes(config)}

@@ -123,6 +123,8 @@ def fetch_hub_file(
     damaged = isinstance(cached, str) and not is_intact(Path(cached))
     if isinstance(cached, str) and not damaged:
         return Path(cached)
+    if cached is not None and not damaged:  # the cache remembers that the hub has no such file
+        raise NotOnHub(f"{subject}: not on the hub")
     if damaged:
         subject = f"{cached} is damaged (delete it); {subject}"
     constants.HF_HUB_DISABLE_XET = True  # what comes through it cannot be seen
@@ -136,6 +138,23 @@ def fetch_hub_file(
             )
         )
     return Path(path)
+
+
+def fetch_optional_hub_file(
+    repo: str, name: str, field: str = "data.tokenizer", hint: str = DATA_HINT
+) -> Path | None:
+    """Returns the path of a file of a model on the hub, as `fetch_hub_file` does; None where it has
+    no such file or, with HF_HUB_OFFLINE, the cache has none."""
+    from huggingface_hub import constants
+
+    try:
+        return fetch_hub_file(repo, name, field, hint)
+    except NotOnHub:
+        return None
+    except HubUnreachable:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        raise
 
 
 def remove_damaged_cards(name: str) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from utils.text.sources import TextChunk
+from utils.text.special_tokens import start_ids
 
 MAX_CACHED_CHARS = 1 << 21
 """Characters of words whose ids are held for looking up, about 50 MB."""
@@ -40,7 +41,8 @@ def write_tokens(
     train: Path,
     valid: Path,
 ) -> None:
-    """Writes the ids of every story, and `eos_id` after each, in the order in which they come.
+    """Writes the ids of every story, those that the tokenizer puts in front of a text before each
+    and `eos_id` after it, in the order in which they come.
 
     Args:
         chunks: Chunks of the stories, and whether they are validation text.
@@ -50,13 +52,16 @@ def write_tokens(
         train: File for the training tokens.
         valid: File for the validation tokens.
     """
-    encode, end = make_encoder(tokenizer, dtype), np.array(eos_id, dtype).tobytes()
+    encode = make_encoder(tokenizer, dtype)
+    start, end = (np.array(ids, dtype).tobytes() for ids in (start_ids(tokenizer), [eos_id]))
+    begins_story = True
     with train.open("wb") as train_file, valid.open("wb") as valid_file:
         for batch in batch_chunks(show_progress(chunks)):
             encoded = encode([chunk.text for _, chunk in batch])
             for (is_valid, chunk), ids in zip(batch, encoded, strict=True):
                 file = valid_file if is_valid else train_file
-                file.write(ids + end if chunk.ends_story else ids)
+                file.write(start * begins_story + ids + end * chunk.ends_story)
+                begins_story = chunk.ends_story
 
 
 def show_progress(chunks: Iterable[tuple[bool, TextChunk]]) -> Iterator[tuple[bool, TextChunk]]:

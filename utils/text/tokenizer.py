@@ -10,11 +10,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from config import DataConfig, InputError, require
 from utils.runtime import hub
 from utils.text.sources import SEPARATOR
+from utils.text.special_tokens import (
+    CHAT_TEMPLATE,
+    SETTINGS_FILES,
+    SpecialTokens,
+    find_special_tokens,
+)
 
 LEARNED_VOCAB_SIZE = 2048
 LEARN_CHARS = 1 << 22
 """Characters to learn a vocabulary from; that of more text is much the same."""
-TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 
 
 def resolve_tokenizer_name(config: DataConfig) -> str:
@@ -36,9 +42,8 @@ def tokenizer_identity(name: str, vocab_size: int) -> list:
         if not is_local_path(name):
             return ["hub", name, hub.HUB_REVISIONS.get(name)]
         vocabulary = find_vocabulary(name)
-        settings = vocabulary.with_name(TOKENIZER_CONFIG)
-        hashes = [hub.hash_file(path) for path in (vocabulary, settings) if path.is_file()]
-        return ["folder", *hashes]
+        files = map(vocabulary.with_name, (vocabulary.name, CHAT_TEMPLATE, *SETTINGS_FILES))
+        return ["folder", *(hub.hash_file(path) if path.is_file() else "" for path in files)]
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
         raise InputError(f"data.tokenizer = {name}: cannot be read ({error})") from error
 
@@ -50,31 +55,33 @@ def is_local_path(name: str) -> bool:
 
 
 def load_tokenizer(
-    name: str, vocab_size: int, text: Callable[[], Iterator[str]]
-) -> tuple[Tokenizer, int]:
+    name: str, vocab_size: int, text: Callable[[], Iterator[str]], eos_token: str = ""
+) -> tuple[Tokenizer, SpecialTokens]:
     """Loads or learns a tokenizer.
 
     Args:
         name: `learned`, a folder, or a name on the hub.
         vocab_size: How many tokens to learn; 0 takes LEARNED_VOCAB_SIZE.
         text: Reads the text to learn from.
+        eos_token: The end-of-text token; empty takes the tokenizer's own.
 
     Returns:
-        The tokenizer and the id of its end-of-text token.
+        The tokenizer and its special tokens.
 
     Raises:
         InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
         HubUnreachable: if the hub does not deliver it.
     """
     if name == "learned":
+        require(not eos_token, f"data.eos_token = {eos_token}: a learned tokenizer has its own")
         tokenizer = learn_tokenizer(text(), vocab_size or LEARNED_VOCAB_SIZE)
-        return tokenizer, 0  # special tokens come first
-    return read_tokenizer(name)
+        return tokenizer, SpecialTokens((0,))  # special tokens come first
+    return read_tokenizer(name, eos_token)
 
 
-def read_tokenizer(name: str) -> tuple[Tokenizer, int]:
-    """Loads the tokenizer of a folder or of the hub. Returns it and the id of its end-of-text
-    token.
+def read_tokenizer(name: str, eos_token: str = "") -> tuple[Tokenizer, SpecialTokens]:
+    """Loads the tokenizer of a folder or of the hub. Returns it and its special tokens. `eos_token`
+    is the end-of-text token to take; empty takes the tokenizer's own.
 
     Raises:
         InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
@@ -85,12 +92,21 @@ def read_tokenizer(name: str) -> tuple[Tokenizer, int]:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer, find_eos_id(name, tokenizer)
+    settings = {file: read_settings(name, file) for file in SETTINGS_FILES}
+    template = find_optional_file(name, CHAT_TEMPLATE)
+    chat_template = template.read_text(encoding="utf-8") if template else ""
+    return tokenizer, find_special_tokens(name, tokenizer, settings, chat_template, eos_token)
 
 
 def find_vocabulary(name: str) -> Path:
     """Returns the path of a tokenizer's tokenizer.json. Raises InputError for a folder without."""
     path = find_tokenizer_file(name, TOKENIZER_JSON)
+    require(
+        path.is_file() or not path.with_name(SENTENCEPIECE_MODEL).is_file(),
+        f"data.tokenizer = {name} has a {SENTENCEPIECE_MODEL} and no {TOKENIZER_JSON}: "
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({name!r}) writes one "
+        "(pip install sentencepiece protobuf)",
+    )
     require(path.is_file(), f"data.tokenizer = {name}: no such folder with a {TOKENIZER_JSON}")
     return path
 
@@ -112,27 +128,18 @@ def explain_tokenizer_damage(name: str, path: Path) -> Iterator[None]:
         raise InputError(f"{reason}; put a whole one in its place, or delete it") from error
 
 
-def find_eos_id(name: str, tokenizer: Tokenizer) -> int:
-    """Returns the id of the token that ends a text: GPT-2's, else the one that the tokenizer's own
-    settings name, else Llama's. Raises InputError if there is none."""
-    if (eos_id := tokenizer.token_to_id(SEPARATOR)) is not None:
-        return eos_id
-    configured = read_tokenizer_config(name).get("eos_token")
-    if isinstance(configured, dict):
-        configured = configured.get("content")
-    for token in (configured, "</s>", "<|end_of_text|>"):
-        if isinstance(token, str) and (eos_id := tokenizer.token_to_id(token)) is not None:
-            return eos_id
-    raise InputError(f"data.tokenizer = {name} has no token that ends a text, like {SEPARATOR}")
+def find_optional_file(name: str, file_name: str) -> Path | None:
+    """Returns where a file of a tokenizer lies; None where it has no such file."""
+    if not is_local_path(name):
+        return hub.fetch_optional_hub_file(name, file_name)
+    path = find_tokenizer_file(name, file_name)
+    return path if path.is_file() else None
 
 
-def read_tokenizer_config(name: str) -> dict:
-    """Returns the content of a tokenizer's tokenizer_config.json; empty if it has none."""
-    try:
-        path = find_tokenizer_file(name, TOKENIZER_CONFIG)
-    except hub.NotOnHub:
-        return {}
-    if not path.exists():
+def read_settings(name: str, file_name: str) -> dict:
+    """Returns the content of one of a tokenizer's SETTINGS_FILES; empty if it has none."""
+    path = find_optional_file(name, file_name)
+    if path is None:
         return {}
     with explain_tokenizer_damage(name, path):
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -134,7 +134,8 @@ def sample_stories(state: TrainState, context: RunContext) -> list[str]:
     weights' own precision: casting them for every token would take longer than the products."""
     length, corpus = context.run.training.sample_tokens, context.corpus
     prompts, sampling = PROMPTS if length else (), Sampling(seed=context.run.seed)
-    return write_stories(state.model(), corpus.tokenizer, corpus.eos_id, prompts, length, sampling)
+    stop_ids = corpus.special_tokens.stop_ids
+    return write_stories(state.model(), corpus.tokenizer, stop_ids, prompts, length, sampling)
 
 
 def save_model(
@@ -146,7 +147,7 @@ def save_model(
         config=state.config,
         weights=state.weights,
         tokenizer=context.corpus.tokenizer.to_str(),
-        eos_id=context.corpus.eos_id,
+        special_tokens=context.corpus.special_tokens,
         growth_history=phase.growth_history,
         probe=context.probe,
         phase_name=phase.name,
