@@ -1,7 +1,8 @@
 """What a run is, as data: its phases, the model, how it is trained, and on which text.
 
-A preset is a function that returns a complete `Run`; every field of it but `phases` is an option of
-train.py. Presets and the default schedule come first; the classes they are made of follow.
+A preset is a function that returns a complete `Run`, every field of which is an option of train.py,
+those of its `phases` included where it has any. Presets and the default schedule come first; the
+classes they are made of follow.
 """
 
 from __future__ import annotations  # so that presets can stand before the classes they return
@@ -55,7 +56,22 @@ def tiny() -> Run:
     return replace(full(), model=model, training=training, data=data)
 
 
-PRESETS = {preset.__name__: preset for preset in (full, tiny)}
+def single() -> Run:
+    """One phase without growth: a model from scratch, or more steps for the one that init_from
+    names."""
+    return replace(full(), phases={"single": Phase()})
+
+
+def grow_moe() -> Run:
+    """The full schedule without upcycling: a mixture of experts, from scratch or the one that
+    init_from names, then twice as wide, then deeper."""
+    phases = four_phases(TrainingConfig())
+    del phases["dense"]
+    phases["moe"] = replace(phases["moe"], growth=None, init_checkpoint="")
+    return replace(full(), model=ModelConfig(num_experts=8), phases=phases)
+
+
+PRESETS = {preset.__name__: preset for preset in (full, tiny, single, grow_moe)}
 
 
 def four_phases(training: TrainingConfig) -> dict[str, Phase]:
@@ -544,8 +560,9 @@ class DataConfig:
     .txt.gz; stories separated by <|endoftext|>) or a folder of them, in which files named valid*
     are the validation text."""
     tokenizer: str = "auto"
-    """A folder with a tokenizer.json, a name on the hub, or `learned`, a byte-level BPE learned on
-    the text itself. `auto` takes gpt2, and `learned` for the built-in stories."""
+    """A folder with a tokenizer.json, a name on the hub, a checkpoint of this project (.pt), or
+    `learned`, a byte-level BPE learned on the text itself. `auto` takes gpt2, and `learned` for the
+    built-in stories."""
     eos_token: str = ""
     """The token that ends a text, such as </s>. Empty takes the one that the tokenizer's files
     name; a tokenizer whose files name none needs this."""
@@ -575,8 +592,10 @@ class Run:
     phases: dict[str, Phase] = field(default_factory=dict)
     """A schedule of your own, by name and in order. Empty takes the four phases of `training`."""
     init_from: str = ""
-    """Start from a pretrained Llama (or Mixtral) in transformers' format: a folder, or a name on
-    the hub. It brings its tokenizer and all of model.* but the context to train on (seq_len)."""
+    """Start from a model: a checkpoint of this project (.pt), or a Llama or Mixtral in
+    transformers' format, a folder or a name on the hub. It brings its tokenizer and all of model.*
+    but the context to train on (seq_len). One that has experts needs a schedule without upcycling,
+    such as those of the presets grow_moe and single. Adam starts afresh."""
     out: Path = Path("checkpoints")
     """Folder for checkpoints, history and plot."""
     seed: Seed = 0

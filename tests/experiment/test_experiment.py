@@ -86,7 +86,8 @@ def test_variants_differ_in_what_they_are_named_after_and_nowhere_else(name):
 
 def test_placements_that_come_to_the_same_growth_are_one_variant():
     depth = {
-        name: list(Experiment("depth", run=PRESETS[name]()).variant_runs()) for name in PRESETS
+        name: list(Experiment("depth", run=PRESETS[name]()).variant_runs())
+        for name in ("full", "tiny")
     }
     assert depth["full"] == EXPERIMENTS["depth"].names
     placements = ("interleaved", "middle")  # tiny has one new block: at the end or in the middle

@@ -90,7 +90,10 @@ def test_help_documents_every_field(preset, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "args, phrases",
     [
-        ("tinny", ["there is no preset tinny, only full, tiny; perhaps you meant tiny"]),
+        (
+            "tinny",
+            ["there is no preset tinny, only full, tiny, single, grow_moe; perhaps you meant tiny"],
+        ),
         ("--seed 1 tiny", ["the preset comes first"]),
         ("tiny --training.lr-phas1 1", ["lr-phas1, 1; perhaps you meant --training.lr-phase1"]),
         ("tiny --training.lr-phase1 fast", ["--training.lr-phase1", "'fast'"]),

@@ -50,12 +50,14 @@ def run_experiment(experiment: Experiment) -> None:
         if name not in runs:
             tqdm.write(f"{name} is left out: it comes to the same growth as one before it")
     trunk = experiment.trunk_run()
-    state = trunk_state(setup._replace(run=trunk, phases=resolve_phases(trunk)))
+    grown = setup.init_source.growth_history
+    state = trunk_state(setup._replace(run=trunk, phases=resolve_phases(trunk, grown)))
     histories: Histories = {}
     for name, seeded_runs in runs.items():
         for run in seeded_runs:
             tqdm.write(f"\n{name}, seed {run.seed}")
-            events = train_variant(setup._replace(run=run, phases=resolve_phases(run)), state)
+            variant = setup._replace(run=run, phases=resolve_phases(run, grown))
+            events = train_variant(variant, state)
             histories.setdefault(name, []).append(events)
     record = experiment.run.out / f"{experiment.name}.jsonl"
     keep_experiment(record, experiment.name, histories)

@@ -68,8 +68,9 @@ class ResolvedPhase:
         return f"phase {self.number} ({self.name})"
 
 
-def resolve_phases(run: Run) -> list[ResolvedPhase]:
-    """Returns the run's phases in order.
+def resolve_phases(run: Run, growth_history: tuple[Growth, ...] = ()) -> list[ResolvedPhase]:
+    """Returns the run's phases in order. `growth_history` is what the model that it starts from has
+    been through.
 
     Raises:
         InputError: if a growth or a batch does not fit its model; the message names the phase.
@@ -77,7 +78,7 @@ def resolve_phases(run: Run) -> list[ResolvedPhase]:
     # A vocabulary still to be learned (0) has no bearing on whether the phases fit together.
     config = replace(run.model, vocab_size=run.model.vocab_size or 1)
     schedule = list(run.schedule.values())
-    steps, tokens, growth_history, phases = 0, 0, (), []
+    steps, tokens, phases = 0, 0, []
     for number, (name, phase) in enumerate(run.schedule.items(), 1):
         try:
             if phase.growth is not None:

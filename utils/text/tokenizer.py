@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from config import DataConfig, InputError, require
 from utils.runtime import hub
+from utils.runtime.atomic_io import load_tensors
 from utils.text.sources import SEPARATOR
 from utils.text.special_tokens import (
     CHAT_TEMPLATE,
@@ -38,6 +40,9 @@ def tokenizer_identity(name: str, vocab_size: int) -> list:
     """
     if name == "learned":
         return ["learned", vocab_size or LEARNED_VOCAB_SIZE]
+    if is_checkpoint(name):
+        tokenizer, special_tokens = read_checkpoint_tokenizer(name)
+        return ["checkpoint", tokenizer.to_str(), asdict(special_tokens)]
     try:
         if not is_local_path(name):
             return ["hub", name, hub.HUB_REVISIONS.get(name)]
@@ -46,6 +51,23 @@ def tokenizer_identity(name: str, vocab_size: int) -> list:
         return ["folder", *(hub.hash_file(path) if path.is_file() else "" for path in files)]
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
         raise InputError(f"data.tokenizer = {name}: cannot be read ({error})") from error
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether `name` is that of a checkpoint of this project."""
+    return name.endswith(".pt")
+
+
+def read_checkpoint_tokenizer(name: str) -> tuple[Tokenizer, SpecialTokens]:
+    """Returns the tokenizer of a checkpoint of this project, and its special tokens. Raises
+    InputError for a file that is missing, damaged or no checkpoint."""
+    content = load_tensors(Path(name).expanduser())
+    try:
+        special_tokens = SpecialTokens(**content["special_tokens"])
+        return Tokenizer.from_str(content["tokenizer"]), special_tokens
+    except Exception as error:  # the library raises nothing more particular
+        reason = hub.first_line(error)
+        raise InputError(f"data.tokenizer = {name} has no tokenizer ({reason})") from error
 
 
 def is_local_path(name: str) -> bool:
@@ -60,7 +82,7 @@ def load_tokenizer(
     """Loads or learns a tokenizer.
 
     Args:
-        name: `learned`, a folder, or a name on the hub.
+        name: `learned`, a folder, a name on the hub, or a checkpoint.
         vocab_size: How many tokens to learn; 0 takes LEARNED_VOCAB_SIZE.
         text: Reads the text to learn from.
         eos_token: The end-of-text token; empty takes the tokenizer's own.
@@ -80,13 +102,16 @@ def load_tokenizer(
 
 
 def read_tokenizer(name: str, eos_token: str = "") -> tuple[Tokenizer, SpecialTokens]:
-    """Loads the tokenizer of a folder or of the hub. Returns it and its special tokens. `eos_token`
-    is the end-of-text token to take; empty takes the tokenizer's own.
+    """Loads the tokenizer of a folder, of the hub or of a checkpoint. Returns it and its special
+    tokens. `eos_token` is the end-of-text token to take; empty takes the tokenizer's own.
 
     Raises:
         InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
         HubUnreachable: if the hub does not deliver it.
     """
+    if is_checkpoint(name):
+        require(not eos_token, f"data.eos_token = {eos_token}: {name} has its own")
+        return read_checkpoint_tokenizer(name)
     path = find_vocabulary(name)
     with explain_tokenizer_damage(name, path):
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -190,7 +190,7 @@ def check_run(run: Run) -> InitSource:
     device = choose_device(run.device)
     reuse_memory_and_kernels()
     init_source = InitSource.from_run(run)
-    phases = resolve_phases(init_source.run)
+    phases = resolve_phases(init_source.run, init_source.growth_history)
     check_step_options(init_source.run, phases, device)
     if not run.dry_run:
         check_run_dir(run, [name for phase in phases for name in phase.checkpoint_files])
@@ -208,7 +208,8 @@ def prepare_run(init_source: InitSource) -> RunSetup:
     check_corpus_length(corpus, run.model.seq_len)
     vocab_size = run.model.vocab_size or corpus.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
-    return RunSetup(run, resolve_phases(run), corpus, choose_device(run.device), init_source)
+    phases = resolve_phases(run, init_source.growth_history)
+    return RunSetup(run, phases, corpus, choose_device(run.device), init_source)
 
 
 def announce_run(setup: RunSetup) -> None:

@@ -6,7 +6,6 @@ from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
 from utils.checkpoint.resume import TrainingProgress
 from utils.generate import Sampling, write_stories
-from utils.hf.pretrained import model_title
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
@@ -151,9 +150,10 @@ def save_model(
         growth_history=phase.growth_history,
         probe=context.probe,
         phase_name=phase.name,
-        tokens=phase.first_token + phase.tokens * trained,
+        tokens=context.init_source.tokens + phase.first_token + phase.tokens * trained,
         seed=context.run.seed,
         load_balance_coef=context.run.training.load_balance_coef,
-        init_from=model_title(context.run.init_from),
+        init_from=context.init_source.title,
+        max_seq_len=context.init_source.max_seq_len,
     )
     save_checkpoint(context.run.out / name, checkpoint)

@@ -30,7 +30,9 @@ class PhaseReporter:
         is_first = (phase.number, self.step) == (1, 0)
         self.eta = EtaEstimator(context.phases, context.device) if is_first else None
         self.events = phase_events(read_history(context.history.path), phase.number)
-        self.copied = copied_matrices(context.run.model, phase.growth_history)
+        grown_before = len(context.init_source.growth_history)
+        growths = phase.growth_history[grown_before:]
+        self.copied = copied_matrices(context.run.model, growths)
         self.last: dict[str, float] = {}
         """The last metrics and validation loss."""
         self.bar = tqdm(
