@@ -14,7 +14,7 @@ from config import InputError, ModelConfig
 from models import SLM, KVCache
 from tests.helpers.small_models import CONFIGS, random_model
 from transfer import TrainState
-from utils.checkpoint.model import Checkpoint, save_checkpoint
+from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from utils.generate import (
     REPLACEMENT,
     Sampling,
@@ -177,6 +177,15 @@ def test_a_story_begins_with_its_prompt_and_goes_on(model, tokenizer, checkpoint
     stories = write_stories(model, tokenizer, (0,), prompts, 20, Sampling())
     assert story == stories[0] + "\n"
     assert printed(*prompts) == "\n\n".join(stories) + "\n"
+
+
+def test_a_model_whose_weights_are_of_several_dtypes_writes_a_story(checkpoint, tmp_path, capsys):
+    saved = load_checkpoint(checkpoint)
+    name = next(name for name in saved.weights if "q_proj" in name)
+    saved.weights[name] = saved.weights[name].bfloat16()
+    save_checkpoint(tmp_path / "mixed.pt", saved)
+    main(tmp_path / "mixed.pt", (PROMPT,), length=5, device="cpu")
+    assert capsys.readouterr().out.startswith(PROMPT)
 
 
 def test_a_prompt_follows_what_its_tokenizer_puts_in_front_of_every_text(tokenizer):

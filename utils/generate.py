@@ -8,6 +8,7 @@ Shapes are as in model.py: B texts, T tokens, V tokens of the vocabulary, and C 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Annotated
 
@@ -215,7 +216,9 @@ def main(
     saved = load_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_str(saved.tokenizer)
     starts = encode_prompts(tokenizer, prompts)
-    model = saved.state.model().to(choose_device(device))
+    # An imported model may have a router in float32 between layers in bfloat16.
+    dtype = reduce(torch.promote_types, (weight.dtype for weight in saved.weights.values()))
+    model = saved.state.model().to(choose_device(device), dtype)
     drawn = draw_tokens(model, starts, length, saved.special_tokens.stop_ids, sampling)
     for part in stream_stories(tokenizer, starts, drawn):
         print(part, end="", flush=True)
