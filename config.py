@@ -198,6 +198,18 @@ def check_fields(config: Any, section: str = "") -> None:
             raise InputError(f"{section}{name} = {value!r} must be {wanted}")
 
 
+def check_top_k(top_k_name: str, top_k: int, experts_name: str, num_experts: int) -> None:
+    """Raises InputError, by these names, unless a token can visit `top_k` of `num_experts` experts
+    and the router learns from it."""
+    chosen, experts = f"{top_k_name} = {top_k}", f"{experts_name} = {num_experts}"
+    require(1 <= top_k <= num_experts, f"{chosen} must be between 1 and {experts}")
+    require(
+        top_k > 1 or num_experts == 1,
+        f"{chosen} with {experts}: the weights of the chosen experts sum to 1, so that of a single "
+        f"one is always 1 and the loss gives the router no gradient; take {top_k_name} = 2 or more",
+    )
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How the rotary wavelengths of an imported model are stretched for a context longer than the
@@ -247,7 +259,8 @@ class ModelConfig:
     num_experts: NonNegativeInt = 0
     """Experts in each layer. 0 makes a dense model."""
     top_k: NonNegativeInt = 2
-    """Experts that each token visits. A dense model ignores it."""
+    """Experts that each token visits: at least 2 of several, because the weight of a single one is
+    always 1 and teaches the router nothing. A dense model ignores it."""
     position_embedding: Literal["rope", "learned"] = "rope"
     """`rope` rotates queries and keys by their position; `learned` adds a learned embedding."""
     rope_theta: PositiveFloat = 10_000.0
@@ -278,11 +291,8 @@ class ModelConfig:
             if self.head_dim is None
             else f"rotary positions need an even head size, not model.head_dim = {self.head_dim}",
         )
-        require(
-            not self.num_experts or 1 <= self.top_k <= self.num_experts,
-            f"model.top_k = {self.top_k} must be between 1 and "
-            f"model.num_experts = {self.num_experts}",
-        )
+        if self.num_experts:
+            check_top_k("model.top_k", self.top_k, "model.num_experts", self.num_experts)
 
     @property
     def kv_heads(self) -> int:
@@ -345,7 +355,7 @@ class Upcycle:
     num_experts: PositiveInt = 8
     """Experts in each layer."""
     top_k: PositiveInt = 2
-    """Experts that each token visits."""
+    """Experts that each token visits, at least 2 of several."""
     router_init_scale: PositiveFloat = 1.0
     """Factor on the Xavier-uniform initial weights of the routers."""
     reinit_fraction: Fraction = 0.0
@@ -356,11 +366,7 @@ class Upcycle:
 
     def __post_init__(self) -> None:
         check_fields(self, "upcycle.")
-        require(
-            self.top_k <= self.num_experts,
-            f"upcycle.top_k = {self.top_k} must be at most "
-            f"upcycle.num_experts = {self.num_experts}",
-        )
+        check_top_k("upcycle.top_k", self.top_k, "upcycle.num_experts", self.num_experts)
 
     @property
     def is_exact(self) -> bool:

@@ -208,6 +208,11 @@ def test_the_message_says_what_would_do(kind, field, value, wanted):
         (ModelConfig, {"num_experts": -1}, "model.num_experts = -1"),
         (ModelConfig, {"num_experts": 4, "top_k": 5}, "model.top_k = 5.*model.num_experts = 4"),
         (ModelConfig, {"num_experts": 4, "top_k": 0}, "model.top_k = 0"),
+        (
+            ModelConfig,
+            {"num_experts": 2, "top_k": 1},
+            "model.top_k = 1 with model.num_experts = 2:.* no gradient; take model.top_k = 2 or",
+        ),
         (ModelConfig, {"norm_eps": 0.0}, "model.norm_eps = 0.0"),
         (ModelConfig, {"logit_scale": 0.0}, "model.logit_scale = 0.0"),
         (ModelConfig, {"rope_theta": -1.0}, "model.rope_theta = -1.0"),
@@ -218,6 +223,7 @@ def test_the_message_says_what_would_do(kind, field, value, wanted):
         (Upcycle, {"num_experts": 0}, "upcycle.num_experts = 0"),
         (Upcycle, {"num_experts": 4, "top_k": 5}, "upcycle.top_k = 5.*upcycle.num_experts = 4"),
         (Upcycle, {"top_k": 0}, "upcycle.top_k = 0"),
+        (Upcycle, {"top_k": 1}, "upcycle.top_k = 1 with upcycle.num_experts = 8:.* no gradient"),
         (Upcycle, {"router_init_scale": 0.0}, "upcycle.router_init_scale = 0.0"),
         (Upcycle, {"reinit_fraction": 1.5}, "upcycle.reinit_fraction = 1.5"),
         (Widen, {"factor": 0}, "widen.factor = 0"),
@@ -269,5 +275,5 @@ def test_the_edges_of_each_range_are_allowed():
     Phase(Widen(1, noise=0), steps=0, batch_size=1, lr=0)
     Upcycle(1, 1, reinit_fraction=1.0), Deepen(0)
     Tolerance(0, 1), Tolerance(None, 1)
-    ModelConfig(top_k=0)
+    ModelConfig(top_k=0), ModelConfig(num_experts=1, top_k=1)
     Run(seed=2**63 - 1, out=Path("."))

@@ -44,14 +44,15 @@ def upcycle(
     Args:
         model: A dense model.
         num_experts: Copies of each feed-forward.
-        top_k: Experts that each token visits.
+        top_k: Experts that each token visits, at least 2 of several.
         seed: Seed of the routers and of re-initialised units.
         router_init_scale: Factor on the routers' Xavier-uniform initialisation.
         reinit_fraction: Fraction of each expert's units to re-initialise. Above 0 the logits
             change.
 
     Raises:
-        InputError: if `model` has experts already or `top_k` is more than `num_experts`.
+        InputError: if `model` has experts already, or for a `top_k` that is more than `num_experts`
+            or is 1 of several.
     """
     growth = Upcycle(num_experts, top_k, router_init_scale, reinit_fraction)
     config, plan = upcycle_plan(model.config, growth)

@@ -25,7 +25,7 @@ CONFIGS = {
     ),
     "head of 128": replace(DENSE, d_model=256, n_heads=2, n_kv_heads=1, head_dim=None, d_ff=1408),
     "moe": MOE,
-    "one choice of three": replace(MOE, num_experts=3, top_k=1, d_ff=136),
+    "two choices of three": replace(MOE, num_experts=3, d_ff=136),
     "more experts than choices": replace(MOE, num_experts=24, top_k=3),
 }
 ODD_SIZES = replace(DENSE, d_model=36, d_ff=41)

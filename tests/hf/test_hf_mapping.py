@@ -66,6 +66,13 @@ def test_learned_positions_are_refused():
         to_hf_config(LEARNED, 0.01)
 
 
+def test_a_mixtral_whose_tokens_visit_one_of_several_experts_is_refused_by_its_own_keys():
+    values = to_hf_config(MOE, 0.01) | {"num_experts_per_tok": 1}
+    message = "num_experts_per_tok = 1 with num_local_experts = 5:.* gives the router no gradient"
+    with pytest.raises(InputError, match=message):
+        from_hf_config(values)
+
+
 @pytest.mark.parametrize("config", [DENSE, IMPORTED])
 def test_the_tensors_are_those_of_transformers_own_model(config):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf_config(config, 0.01)))

@@ -114,7 +114,7 @@ def test_a_phase_that_grew_is_evaluated_soon_after_however_rare_evaluations_are(
 
 
 def test_experts_that_get_few_tokens_are_counted_and_named(train_schedule, capsys):
-    events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64, 1), steps=0))
+    events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64), steps=0))
     line = "underused, with less than 10% of a fair share of the tokens: expert "
     assert line in capsys.readouterr().out
     event = select_events(events, "eval")[-1]

@@ -1,7 +1,7 @@
 """Maps a ModelConfig to transformers' config.json and back: Llama's when dense, Mixtral's with
 experts."""
 
-from config import InputError, ModelConfig, RopeScaling, TrainingConfig, require
+from config import InputError, ModelConfig, RopeScaling, TrainingConfig, check_top_k, require
 
 CONFIG_FILE = "config.json"
 MODEL_KEYS = {
@@ -120,6 +120,9 @@ def from_hf_config(values: dict) -> tuple[ModelConfig, float]:
             f"layer_types = {layer_types} cannot be represented, only full_attention",
         )
         keys = MODEL_KEYS | (EXPERT_KEYS if family == "mixtral" else {})
+        if family == "mixtral":
+            experts_key, top_k_key = EXPERT_KEYS
+            check_top_k(top_k_key, values[top_k_key], experts_key, values[experts_key])
         config = ModelConfig(
             **{name: values[key] for key, name in keys.items()},
             n_kv_heads=values["num_key_value_heads"],

@@ -67,7 +67,7 @@ def grow_folder(
         upcycle: Number of experts that each feed-forward becomes. 0 leaves it dense.
         widen: How many times as wide the model becomes.
         deepen: Number of new layers.
-        top_k: Experts that each token visits. None takes 2.
+        top_k: Experts that each token visits, at least 2 of several. None takes 2.
         noise: Standard deviation of the noise on widening's copies, relative to each weight's own.
             None takes 0.1.
         placement: Put the new layers between the old ones (interleaved, and None), after the last
