@@ -373,6 +373,11 @@ class Upcycle:
         """Whether the function is kept."""
         return not self.reinit_fraction
 
+    @property
+    def sparsity(self) -> float:
+        """How many experts there are for each that a token visits."""
+        return self.num_experts / self.top_k
+
 
 @dataclass(frozen=True)
 class Widen:
@@ -500,9 +505,11 @@ class TrainingConfig:
     """Run the fused step as one CUDA graph. `auto` does so in phases long enough for it to pay."""
     lr_scaling: LrScaling = "width"
     """`width` divides the learning rate of each matrix by how often widening has repeated its input
-    axis, multiplies its weight decay by as much, and scales Adam's eps as gradients were scaled: a
-    model widened without noise then trains exactly as it would have before. `none` uses one rate
-    for all, which after widening by 2 changes the function twice as fast."""
+    axis, multiplies its weight decay by as much, and scales Adam's eps as gradients were scaled. At
+    equal rates a model widened without noise then trains as it would have before, clipping and
+    decay included. With noise, and after upcycling or deepening, it does not: the copies, experts
+    and new blocks learn something of their own. `none` uses one rate for all, which after widening
+    by 2 changes the function twice as fast."""
     optimizer_state_on_growth: StateOnGrowth = "carry"
     """What happens to Adam's moments at a growth. `carry` grows them with the weights and warms the
     learning rate up. `reset` drops them and starts at the peak rate. `reset-warmup` drops them and
@@ -510,7 +517,9 @@ class TrainingConfig:
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay on matrices and embeddings; gains of norms do not decay."""
     grad_clip: PositiveFloat = 1.0
-    """Largest norm of the gradient; a larger one is scaled down to it."""
+    """Largest norm of the gradient; a larger one is scaled down to it. All copies of a parameter
+    together count in the norm as much as it did before its growth: exactly so after widening
+    without noise, about so after upcycling. New blocks and routers add to the norm."""
     beta1: Decay = 0.9
     """Decay of Adam's first moment."""
     beta2: Decay = 0.95

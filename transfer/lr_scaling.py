@@ -1,15 +1,17 @@
-"""How fast each parameter of a grown model must learn to go where the small model would have
-gone."""
+"""How fast each parameter of a grown model must learn, and how much its gradient counts where
+gradients are clipped, to go where the small model would have gone."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
 
-from config import Growth, TrainingConfig
+from config import Growth, TrainingConfig, Upcycle
 from models import axes
 from transfer.growth import axis_repeats
+from transfer.plan import make_tile
 
 
 class ParamSettings(NamedTuple):
@@ -27,6 +29,8 @@ class AdamWScale(NamedTuple):
     lr: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
+    norm_weight: float = 1.0
+    """Weight of its squared gradient in the norm by which all gradients are clipped."""
 
     def settings(self, training: TrainingConfig, weight: Tensor) -> ParamSettings:
         """Returns the parameter's settings. Weights of one dimension, the gains, do not decay."""
@@ -44,18 +48,29 @@ def adamw_scales(names: Iterable[str], growth_history: Sequence[Growth]) -> Adam
     Adam's step does not shrink with a weight, so it must be told how the terms of a sum have
     multiplied (as in muP, arXiv:2203.03466). A matrix whose input axis was repeated r times is 1/r
     as large: so is its learning rate, and its decoupled decay is r times as strong. Its gradient is
-    that of one of its copies of the outputs, and eps, which is compared with the gradient, shrinks
-    alike. A parameter that came later has the same axes as those that were copied, and the same
-    factors.
+    that of one of its copies of the outputs, and eps, which is compared with the root of its square
+    (`Tile.grad_sq_share`), shrinks alike. The squared gradients of all copies, times `norm_weight`,
+    add up to the old one: exactly after widening without noise, and as expected after upcycling. A
+    parameter that came later has the same axes as those that were copied, and the same factors.
     """
     repeats: dict[str, int] = {}
+    experts, sparsity = 1, 1.0
     for growth in growth_history:
-        for axis, times in axis_repeats(growth).items():
-            repeats[axis] = repeats.get(axis, 1) * times
-    scales = {}
+        if isinstance(growth, Upcycle):
+            experts, sparsity = growth.num_experts, growth.sparsity
+        else:
+            repeats |= {axis: repeats.get(axis, 1) * n for axis, n in axis_repeats(growth).items()}
+    scales, copied = {}, partial(make_tile, **repeats)
     for name in names:
-        outputs, input_axis = axes(name)
-        terms = repeats.get(input_axis, 1) if input_axis else 1
-        output_copies = prod(repeats.get(axis, 1) for axis in outputs)
-        scales[name] = AdamWScale(lr=1 / terms, weight_decay=float(terms), eps=1 / output_copies)
+        outputs, _ = axes(name)
+        if outputs[0] == "expert" and len(outputs) > 1:
+            row = copied(name, sparsity=sparsity, expert=experts)
+        else:  # a router has a row for each expert, but they are no copies
+            row = copied(name)
+        scales[name] = AdamWScale(
+            lr=row.scale,
+            weight_decay=1 / row.scale,
+            eps=row.grad_sq_share**0.5,
+            norm_weight=1 / (prod(row.repeats) * row.grad_sq_share),
+        )
     return scales

@@ -9,7 +9,11 @@ repeats both axes, and the products that are summed over `embed` double, so the 
     row.grow_weight(old, generator)  # [[old, old], [old, old]] / 2
     row.grad_share                 # 1/2: four copies of the gradient, times 1/2, add up to the old
 
-So `exp_avg` is tiled times 1/2 and `exp_avg_sq` times 1/4.
+So `exp_avg` is tiled times 1/2 and `exp_avg_sq` times 1/4. Experts share the tokens out, so that
+the squares of their gradients shrink less:
+
+    row = make_tile("blocks.0.moe.up_proj", "blocks.0.mlp.up_proj.weight", sparsity=4, expert=8)
+    row.grad_share, row.grad_sq_share  # 1/8, and 1/16 for two chosen experts of eight
 """
 
 import math
@@ -86,6 +90,8 @@ class Tile(NamedTuple):
     reinit_fraction: float = 0.0
     """Fraction of each expert's units, along `unit_axis`, that are re-initialised."""
     unit_axis: int = 0
+    sparsity: float = 1.0
+    """Where the copies are experts, how many there are for each that a token visits."""
 
     @property
     def scale(self) -> float:
@@ -96,6 +102,17 @@ class Tile(NamedTuple):
     def grad_share(self) -> float:
         """Each copy's gradient as a fraction of the old gradient."""
         return 1 / (math.prod(self.repeats) * self.scale)
+
+    @property
+    def grad_sq_share(self) -> float:
+        """Each copy's squared gradient as a fraction of the old one: `grad_share` squared, unless
+        experts share the tokens out.
+
+        What tokens add to a gradient is mostly noise, whose squares add up rather than cancel. One
+        of E experts sees k / E of the tokens, each with a weight near 1 / k, so that its squared
+        gradient is expected to be (k / E) / k^2 = 1 / (E k) of the dense one, not 1 / E^2.
+        """
+        return self.grad_share**2 * self.sparsity
 
     @property
     def is_noisy(self) -> bool:
@@ -163,7 +180,7 @@ class Tile(NamedTuple):
         return {
             "step": old["step"],
             "exp_avg": self.tile_scaled(old["exp_avg"], self.grad_share),
-            "exp_avg_sq": self.tile_scaled(old["exp_avg_sq"], self.grad_share**2),
+            "exp_avg_sq": self.tile_scaled(old["exp_avg_sq"], self.grad_sq_share),
         }
 
     def fold_copies(self, new: Tensor) -> Tensor:
@@ -232,6 +249,7 @@ def make_tile(
     noise: float = 0.0,
     is_duplicate: bool = False,
     reinit_fraction: float = 0.0,
+    sparsity: float = 1.0,
     **repeats: int,
 ) -> Tile:
     """Returns the row that repeats the named axes of a parameter, `source` being its old name where
@@ -244,9 +262,15 @@ def make_tile(
     dims = (*outputs, input_axis) if input_axis else outputs
     times = tuple(repeats.get(axis, 1) for axis in dims)
     unit_axis = dims.index("ffn") if reinit_fraction else 0
-    has_input_axis = input_axis is not None
     return Tile(
-        source or name, times, has_input_axis, noise, is_duplicate, reinit_fraction, unit_axis
+        source or name,
+        times,
+        has_input_axis=input_axis is not None,
+        noise=noise,
+        is_duplicate=is_duplicate,
+        reinit_fraction=reinit_fraction,
+        unit_axis=unit_axis,
+        sparsity=sparsity,
     )
 
 

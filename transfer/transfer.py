@@ -24,8 +24,13 @@ def upcycle_plan(config: ModelConfig, growth: Upcycle) -> tuple[ModelConfig, Pla
             plan[name] = NewParam(init_scale=growth.router_init_scale)
         elif ".moe." in name:
             dense = name.replace(".moe.", ".mlp.") + ".weight"
-            fraction, experts = growth.reinit_fraction, growth.num_experts
-            plan[name] = make_tile(name, dense, reinit_fraction=fraction, expert=experts)
+            plan[name] = make_tile(
+                name,
+                dense,
+                reinit_fraction=growth.reinit_fraction,
+                sparsity=growth.sparsity,
+                expert=growth.num_experts,
+            )
         else:
             plan[name] = make_tile(name)
     return new, plan

@@ -50,7 +50,8 @@ def assert_gradients_add_up(old: TrainState, plan: Plan, new: TrainState) -> Non
 
 def assert_moments_are_shares(old: TrainState, plan: Plan, new: TrainState) -> None:
     """Asserts that first moments are equal shares that add up to the old ones, and that second
-    moments are their squares, as those of `old` are."""
+    moments are their squares, as those of `old` are, times the experts for each chosen one where
+    they are those of experts."""
     tiles = {name: row for name, row in plan.items() if isinstance(row, Tile)}
     assert new.adam.keys() == tiles.keys()
     for name, row in tiles.items():
@@ -58,4 +59,5 @@ def assert_moments_are_shares(old: TrainState, plan: Plan, new: TrainState) -> N
         assert after["step"] == before["step"]
         exp_avg = add_up_copies(after["exp_avg"], row, before["exp_avg"])
         torch.testing.assert_close(exp_avg, before["exp_avg"])
-        torch.testing.assert_close(after["exp_avg_sq"], after["exp_avg"].square())
+        expected = row.sparsity * after["exp_avg"].square()
+        torch.testing.assert_close(after["exp_avg_sq"], expected)

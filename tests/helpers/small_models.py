@@ -92,11 +92,13 @@ def reference_loss(model: SLM, tokens_BS: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BS[:, 1:].flatten())
 
 
-def gradients(state: TrainState) -> dict[str, Tensor]:
-    """Returns the gradient of the next-token loss on `windows`, by parameter."""
+def gradients(state: TrainState, tokens_BS: Tensor | None = None) -> dict[str, Tensor]:
+    """Returns the gradient of the next-token loss on `windows`, or on other tokens (B, T + 1), by
+    parameter."""
+    tokens_BS = windows(state.config) if tokens_BS is None else tokens_BS
     model = state.model().requires_grad_()
     names, weights = zip(*model.named_parameters(), strict=True)
-    loss = reference_loss(model, windows(state.config))
+    loss = reference_loss(model, tokens_BS)
     return dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
 
 

@@ -158,7 +158,7 @@ def test_what_a_growth_cost_is_free_of_what_the_precision_of_training_does_to_a_
 
 
 def test_the_last_metrics_of_a_phase_are_those_of_its_last_step_and_evaluation():
-    position = {"wall_s": 1.0, "phase_name": "a", "tokens": 9, "lr": 0.1}
+    position = {"wall_s": 1.0, "phase_name": "a", "tokens": 9, "lr": 0.1, "lr_min": 0.05}
     run = {"event": "run", "wall_s": 0.0, "seed": 3}
     events = [
         run,

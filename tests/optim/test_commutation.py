@@ -1,12 +1,10 @@
 """In float64, growing and then training is training and then growing, and no rule can be broken."""
 
-from dataclasses import replace
-
 import pytest
 
-from config import Deepen, Widen
+from config import Deepen, TrainingConfig, Widen
 from tests.helpers.small_models import CONFIGS, DENSE, MOE
-from utils.optim.commutation import MAX_GAP, SETTINGS, CommutationTest, mutations, set_scale
+from utils.optim.commutation import MAX_GAP, CommutationTest, mutations, set_scale
 
 WIDEN_2, WIDEN_3 = Widen(2, noise=0.0), Widen(3, noise=0.0)
 INTERLEAVED, MIDDLE, END = (Deepen(2, where) for where in ("interleaved", "middle", "end"))
@@ -16,8 +14,10 @@ IDS = [f"{name}-{type(growth).__name__}" for name, growth in CASES]
 
 
 @pytest.mark.parametrize("name, growth", CASES, ids=IDS)
-def test_growing_then_training_is_training_then_growing(name, growth):
-    assert max(CommutationTest(CONFIGS[name], growth).gap()) < MAX_GAP
+def test_growing_then_training_is_training_then_growing_with_clipping_and_decay(name, growth):
+    test = CommutationTest(CONFIGS[name], growth)
+    assert max(test.gap()) < MAX_GAP
+    assert min(test.grad_norms) > test.training.grad_clip and test.training.weight_decay
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
@@ -32,6 +32,6 @@ def test_every_rule_that_is_broken_opens_a_gap(config, growth):
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 def test_decay_commutes_where_it_is_as_much_stronger_as_the_learning_rate_is_smaller(config):
-    test = CommutationTest(config, WIDEN_2, replace(SETTINGS, weight_decay=0.3))
+    test = CommutationTest(config, WIDEN_2, TrainingConfig(weight_decay=0.3))
     assert max(test.gap()) < MAX_GAP
     assert test.gap(set_scale(weight_decay=1.0))[0] > 1e9 * MAX_GAP

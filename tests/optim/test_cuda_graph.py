@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from config import TrainingConfig
+from config import TrainingConfig, Upcycle, Widen
 from models import SLM
 from tests.helpers.gpu_models import (
     BF16,
@@ -52,7 +52,8 @@ def test_a_captured_step_trains_as_the_same_step_does_uncaptured(config, micro_b
     tokens = [cuda_windows(config, 4, 65, seed) for seed in range(4)]
 
     def train(is_captured):
-        optimizer = build_optimizer(cuda_train_state(config), training, BF16)
+        grown = Upcycle(5), Widen(3)  # so that gradients are weighted in their norm
+        optimizer = build_optimizer(cuda_train_state(config), training, BF16, grown)
         assert is_capturable(optimizer)
         step = partial(train_step, optimizer, training, BF16)
         step = CapturedStep(step, optimizer) if is_captured else step

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from config import Upcycle, Widen
 from tests.helpers.gpu_models import (
     BF16,
     CUDA,
@@ -41,6 +42,17 @@ def train(state, training, steps):
     for name, weight in state.weights.items():
         assert torch.equal(weights[name], weight.cpu()), name
     return loss, state
+
+
+@for_each_config
+@pytest.mark.parametrize("growth_history", [(), (Upcycle(5), Widen(3))], ids=["", "grown"])
+def test_the_norm_by_which_it_clips_is_that_of_the_exact_optimizer(config, growth_history):
+    norms = []
+    for training in (TRAINING, LOW_MEMORY):
+        state = place_state(cuda_train_state(config), training, CUDA)
+        optimizer = build_optimizer(state, training, BF16, growth_history)
+        norms.append(train_step(optimizer, training, BF16, cuda_windows(config, 4, 65))[3].item())
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 @for_each_config

@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
 FIELDS = {
     "run": "config seed corpus fallback fingerprint init_fingerprint train_tokens valid_tokens "
     "device dtype phases params active_params flops_per_token python torch commit",
-    "step": "step tokens lr loss load_balance_loss z_loss grad_norm tokens_per_s",
+    "step": "step tokens lr lr_min lr_max loss load_balance_loss z_loss grad_norm tokens_per_s",
     "eval": "step tokens valid_loss",
     "grow": "growth passed tokens params_before params_after loss_before loss_after loss_drift "
     "max_logit_diff kl top1_changed flipped probe_tokens plan_error copy_distance router_std "

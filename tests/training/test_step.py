@@ -20,11 +20,13 @@ from utils.checkpoint.model import load_checkpoint
 from utils.data import get_batch, prepare_corpus
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 
-EXPERTS, WIDTH = 4, 2
+EXPERTS, TOP_K, WIDTH = 4, 2, 2
 SCHEDULE = {
     "start": Phase(steps=0),
     "dense": Phase(steps=3, batch_size=4, lr=4e-3),
-    "moe": Phase(Upcycle(EXPERTS), steps=4, batch_size=6, lr=3e-3, init_checkpoint="moe_init.pt"),
+    "moe": Phase(
+        Upcycle(EXPERTS, TOP_K), steps=4, batch_size=6, lr=3e-3, init_checkpoint="moe_init.pt"
+    ),
     "wide": Phase(Widen(WIDTH), steps=4, batch_size=4, lr=2e-3, init_checkpoint="wide_init.pt"),
     "deep": Phase(Deepen(1), steps=3, batch_size=2, lr=1e-3, init_checkpoint="deep_init.pt"),
 }
@@ -62,25 +64,37 @@ CASES = {
 
 def adamw_group(name, weight, training, width=1, experts=1):
     """AdamW's settings of a parameter whose width and experts were repeated so often: its rate is
-    divided by how often its inputs were, its decay multiplied, and eps is divided by how often its
-    outputs were. Gains do not decay."""
-    if training.lr_scaling == "none":
-        width = experts = 1
-    inputs, outputs, decays = width, width, 1.0
+    divided by how often its inputs were, its decay multiplied, and eps is divided as its gradient
+    was, by how often its outputs were. Gains do not decay. In the norm by which gradients are
+    clipped, the squares of the copies together count as much as the old ones did."""
+    inputs, grad_divisor, decays, norm_weight = width, width, 1.0, 1.0
     if "norm" in name:
-        inputs, decays = 1, 0.0
+        inputs, decays, norm_weight = 1, 0.0, width
     elif "embed" in name:
-        inputs = 1
+        inputs, norm_weight = 1, width
     elif "router" in name:
-        outputs = experts
+        grad_divisor, norm_weight = 1, 1 / width
     elif ".moe." in name:
-        outputs = experts * width
+        grad_divisor, norm_weight = (experts * TOP_K) ** 0.5 * width, TOP_K
+    if training.lr_scaling == "none":
+        inputs = grad_divisor = 1
     return {
         "params": [weight],
         "lr_scale": 1 / inputs,
         "weight_decay": decays * training.weight_decay * inputs,
-        "eps": training.eps / outputs,
+        "eps": training.eps / grad_divisor,
+        "norm_weight": norm_weight,
     }
+
+
+def clip_gradients(groups, max_norm):
+    """Clips the gradients of AdamW's groups, of one parameter each, by their norm, and returns
+    it."""
+    squares = [group["norm_weight"] * group["params"][0].grad.square().sum() for group in groups]
+    norm = torch.stack(squares).sum().sqrt()
+    for group in groups:
+        group["params"][0].grad *= (max_norm / norm).clamp(max=1.0)
+    return norm
 
 
 def loss_terms(model, tokens):
@@ -112,7 +126,7 @@ def train_again(state, repeats, training, lrs, batches):
         terms = torch.stack([loss_terms(model, micro_batch) for micro_batch in micro_batches])
         terms = terms.mean(0)
         (coefs * terms).sum().backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
+        norm = clip_gradients(adamw.param_groups, training.grad_clip)
         adamw.step()
         adamw.zero_grad()
         measured.append([*terms.tolist(), norm.item()])
@@ -174,6 +188,19 @@ def test_a_grown_phase_warms_up_unless_growing_resets_adam_without(
     lrs = [[e["lr"] for e in select_events(events, "step") if e["phase"] == n] for n in (1, 2)]
     assert lrs[0][:2] == pytest.approx([0.5e-3, 1e-3])
     assert lrs[1][0] == pytest.approx(first * 1e-3)
+
+
+@pytest.mark.parametrize("lr_scaling, low", [("width", 1 / 6), ("none", 1.0)])
+def test_the_record_has_the_lowest_and_the_highest_rate_that_parameters_have(
+    lr_scaling, low, train_schedule, capsys
+):
+    wider = {"wide": Phase(Widen(2), steps=0), "wider": Phase(Widen(3), steps=2, lr=1e-3)}
+    training = replace(TRAINING, log_every=1, lr_scaling=lr_scaling)
+    events, _ = train_schedule(training, dense=Phase(steps=2, lr=3e-3), **wider)
+    for step in select_events(events, "step"):
+        lowest = step["lr"] * (low if step["phase_name"] == "wider" else 1)
+        assert (step["lr_min"], step["lr_max"]) == pytest.approx((lowest, step["lr"]))
+    assert ("  0.000166667 to 0.001  " in capsys.readouterr().out) == (low < 1), "in the header"
 
 
 def test_micro_batches_of_a_dense_model_add_up_to_the_batch(train_schedule):

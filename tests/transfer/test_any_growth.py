@@ -34,7 +34,7 @@ def configs(draw):
         d_ff=draw(st.integers(1, 9)),
         seq_len=draw(st.integers(1, 7)),
         num_experts=experts,
-        top_k=draw(st.integers(1, experts or 2)),
+        top_k=draw(st.integers(2, experts or 2)),
         position_embedding=draw(st.sampled_from(["rope", "learned"])),
         tie_embeddings=draw(st.booleans()),
         logit_scale=draw(st.sampled_from([1.0, 0.3])),
@@ -43,7 +43,7 @@ def configs(draw):
 
 widenings = st.builds(Widen, st.integers(1, 4), st.sampled_from([0.0, 0.1, 1.0]))
 deepenings = st.builds(Deepen, counts, st.sampled_from(["interleaved", "middle", "end"]))
-upcyclings = st.builds(Upcycle, st.integers(2, 5), st.integers(1, 2), st.sampled_from([1.0, 4.0]))
+upcyclings = st.builds(Upcycle, st.integers(3, 5), st.integers(2, 3), st.sampled_from([1.0, 4.0]))
 
 
 @st.composite

@@ -5,19 +5,29 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 from config import InputError, Upcycle
+from models import SLM
 from tests.helpers.growth_laws import grow_with_plan
 from tests.helpers.small_models import (
     DENSE,
     LEARNED,
     MOE,
+    gradients,
     logits,
     random_model,
     random_train_state,
     windows,
 )
-from transfer import TrainState, make_plan
+from transfer import TrainState, adamw_scales, make_plan
+from transfer.plan import Tile
+
+
+def mean_squared_gradients(state):
+    """The mean over 24 batches of random tokens of the squared gradient of each parameter."""
+    batches = [gradients(state, windows(state.config, 8, seed=seed)) for seed in range(24)]
+    return {name: torch.stack([g[name] ** 2 for g in batches]).mean(0) for name in state.weights}
 
 
 @pytest.mark.parametrize("config", [DENSE, LEARNED])
@@ -43,13 +53,35 @@ def test_reinitialising_takes_its_fraction_of_each_expert_and_leaves_the_rest(co
     assert new.adam.keys() == exact.adam.keys()
 
 
+@pytest.mark.parametrize("growth", [Upcycle(4), Upcycle(8), Upcycle(8, top_k=3)])
+def test_second_moments_are_the_squared_gradients_that_experts_get_from_real_routing(growth):
+    """1 / E^2 of the dense ones, as equal shares of the same tokens would have, is off by 2 to 4.
+    Above 1 because unequal weights of the chosen experts have the larger squares."""
+    torch.manual_seed(0)
+    old = TrainState.from_model(SLM(DENSE).double())
+    squares = mean_squared_gradients(old)
+    old.adam = {
+        name: {"step": torch.tensor(9.0), "exp_avg": square, "exp_avg_sq": square}
+        for name, square in squares.items()
+    }
+    plan, new = grow_with_plan(old, growth)
+    scales, new_squares = adamw_scales(plan, [growth]), mean_squared_gradients(new)
+    experts = [name for name, row in plan.items() if isinstance(row, Tile) and row.repeats[0] > 1]
+    assert len(experts) == 6
+    for name in experts:
+        carried = new.adam[name]["exp_avg_sq"]
+        assert 1 < new_squares[name].sum() / carried.sum() < 1.5, name
+        weighted = scales[name].norm_weight * carried.sum()
+        assert_close(weighted, squares[plan[name].source].sum())
+
+
 def test_the_scale_multiplies_the_routers_initialisation():
     old, name = TrainState.from_model(random_model(DENSE)), "blocks.0.moe.router.weight"
     one, three = (
         grow_with_plan(old, Upcycle(4, router_init_scale=scale))[1].weights[name]
         for scale in (1.0, 3.0)
     )
-    torch.testing.assert_close(three, 3 * one)
+    assert_close(three, 3 * one)
 
 
 def test_a_model_with_experts_is_not_upcycled_again():
@@ -67,4 +99,4 @@ def test_weights_of_the_experts_that_do_not_sum_to_one_are_caught():
     for block in model.blocks:
         block.moe.router.register_forward_hook(softmax_over_all)
     with pytest.raises(AssertionError, match="not close"):
-        torch.testing.assert_close(model(windows(DENSE)[:, :-1]).logits, logits(old))
+        assert_close(model(windows(DENSE)[:, :-1]).logits, logits(old))

@@ -11,6 +11,7 @@ from transfer.checks import resolve_tolerance
 from utils.data import Corpus
 from utils.metrics.diagnostics import UNDERUSED_SHARE
 from utils.metrics.history import settling_losses
+from utils.optim.adamw import lr_scale_range
 from utils.optim.cuda_graph import wants_cuda_graph
 from utils.runtime.device import device_name, training_dtype
 from utils.runtime.formatting import (
@@ -65,15 +66,17 @@ def step_description(run: Run, phases: list[ResolvedPhase], device: torch.device
 
 
 def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str, ...]:
-    """Returns a phase's row in the header."""
+    """Returns a phase's row in the header. Where parameters have different learning rates, as after
+    widening, it shows the lowest and the highest peak."""
     config = phase.config
+    lr_factors = lr_scale_range(config, run.training, phase.growth_history)
     return (
         f"{phase.number} {phase.name}",
         format_architecture(config),
         format_params(config.num_params, config.num_active_params),
         format_number(phase.tokens),
         f"{phase.batch_size} x {config.seq_len}",
-        f"{phase.lr:g}",
+        " to ".join(dict.fromkeys(f"{factor * phase.lr:g}" for factor in lr_factors)),
         f"{phase_memory_gb(phase, run, device):.1f} GB",
     )
 

@@ -14,6 +14,8 @@ HISTORY_FILE = "training_history.jsonl"
 PLOT_FILE = "training_curves.png"
 POSITION_FIELDS = {"event", "wall_s", "phase", "phase_name", "step", "tokens"}
 """Fields that say when something was measured, not what."""
+LR_FIELDS = {"lr", "lr_min", "lr_max"}
+"""The schedule's learning rate, and the lowest and the highest that a parameter has."""
 
 
 class History:
@@ -141,7 +143,7 @@ def last_metrics(events: list[dict], phase: int) -> dict[str, float]:
     own = phase_events(events, phase)
     metrics: dict[str, float] = {}
     for event in select_events(own, "step")[-1:]:
-        metrics |= {k: v for k, v in event.items() if k not in POSITION_FIELDS | {"lr"}}
+        metrics |= {k: v for k, v in event.items() if k not in POSITION_FIELDS | LR_FIELDS}
     for event in select_events(own, "eval")[-1:]:
         metrics["valid_loss"] = event["valid_loss"]
     return metrics

@@ -1,17 +1,18 @@
 """Builds the optimizer for a TrainState: torch's AdamW, AdamW on float32 master weights of a bf16
 copy, or 8-bit FlashAdamW."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from config import Growth, TrainingConfig
+from config import Growth, ModelConfig, TrainingConfig
 from models import SLM
 from models.ops import fused_kernels_available
-from transfer import AdamWScales, TrainState, adamw_scales
+from transfer import AdamWScale, AdamWScales, TrainState, adamw_scales
 from transfer.lr_scaling import ParamSettings
+from transfer.plan import param_shapes
 from utils.optim.grad_norm import global_norm
 
 
@@ -26,7 +27,8 @@ class Optimizer(Protocol):
 
     def step(self) -> Tensor:
         """Clips the gradients of the model's parameters, takes one step and drops them. Returns
-        their norm before clipping; if that is not finite, nothing changes."""
+        their norm before clipping, in which copies count as `AdamWScale.norm_weight` says; if that
+        is not finite, nothing changes."""
         ...
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -66,7 +68,7 @@ def build_optimizer(
         growth_history: Every operator that the model has been through.
     """
     device = next(iter(state.weights.values())).device
-    scales = adamw_scales(state.weights, growth_history if training.lr_scaling == "width" else ())
+    scales = param_scales(state.weights, training, growth_history)
     if training.low_memory:
         from utils.optim.flash_adamw import LowMemoryAdamW
 
@@ -76,6 +78,27 @@ def build_optimizer(
 
         return MasterWeightAdamW(state, training, scales)
     return TorchAdamW(state, training, scales)
+
+
+def param_scales(
+    names: Iterable[str], training: TrainingConfig, growth_history: Sequence[Growth]
+) -> AdamWScales:
+    """Returns the factors on AdamW's settings for parameters of a model that has been through
+    `growth_history`. Where rates are not scaled, the norm still is what it was before widening."""
+    scales = adamw_scales(names, growth_history)
+    if training.lr_scaling == "width":
+        return scales
+    return {name: AdamWScale(norm_weight=scale.norm_weight) for name, scale in scales.items()}
+
+
+def lr_scale_range(
+    config: ModelConfig, training: TrainingConfig, growth_history: Sequence[Growth]
+) -> tuple[float, float]:
+    """Returns the lowest and the highest factor on the schedule's learning rate that a parameter of
+    a model of `config` has."""
+    scales = param_scales(param_shapes(config), training, growth_history)
+    factors = [scale.lr for scale in scales.values()]
+    return min(factors), max(factors)
 
 
 class TorchAdamW:
@@ -88,6 +111,7 @@ class TorchAdamW:
         groups: dict[ParamSettings, list[Tensor]] = {}
         for name, param in params.items():
             groups.setdefault(scales[name].settings(training, param), []).append(param)
+        self.norm_weights = [scales[name].norm_weight for name in params]
         self.adamw = torch.optim.AdamW(
             [{"params": group, **settings._asdict()} for settings, group in groups.items()],
             betas=(training.beta1, training.beta2),
@@ -101,8 +125,9 @@ class TorchAdamW:
             group["lr"] = lr * group["lr_scale"]
 
     def step(self) -> Tensor:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(grads)
+        weighted = zip(self.model.parameters(), self.norm_weights, strict=True)
+        grads, weights = zip(*((p.grad, w) for p, w in weighted if p.grad is not None), strict=True)
+        norm = global_norm(grads, weights)
         divisor = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
         # The fused kernel divides gradients by grad_scale, and leaves everything as it is where
         # found_inf is 1, so that the host need not wait for the norm. On MPS it does neither.

@@ -1,7 +1,9 @@
 """Growing, then training, is training, then growing: the two ways must lead to the same model.
 
-They do where the symmetry of the copies is kept (no noise) and each parameter learns at its own
-rate (transfer/lr_scaling.py). A mutation, any rule of growth broken, leaves a gap.
+They do, with the default settings, where the symmetry of the copies is kept (no noise), each
+parameter learns at its own rate and counts in the norm as it should (transfer/lr_scaling.py), the
+learning rate is the same, and nothing new is trained: a new block is frozen here, and its gradient
+left out of the norm. A mutation, any rule of growth broken, leaves a gap.
 """
 
 from collections.abc import Callable
@@ -17,11 +19,12 @@ from transfer import AdamWScale, AdamWScales, TrainState, adamw_scales, apply_pl
 from transfer.plan import NewParam, Plan, Tile
 from utils.optim.adamw import TorchAdamW
 
-SETTINGS = TrainingConfig(weight_decay=0.0, grad_clip=1e9)
-"""Without clipping: the norm of the gradient changes in growing, so that clipping would not
-commute."""
+SETTINGS = TrainingConfig()
+"""The defaults, decay and clipping included."""
 STEPS_BEFORE, STEPS_AFTER = 5, 25
 """Steps of Adam before the growth, and after it or in its stead."""
+BATCH_SIZE = 1
+"""Sequences in a batch: so few that gradients are clipped in every step."""
 LR = 3e-3
 MAX_GAP = 1e-12
 """Largest |logit difference| that float64 may leave."""
@@ -32,38 +35,40 @@ Mutation = Callable[[TrainState, TrainState, Plan, AdamWScales], tuple[TrainStat
 
 def train_on(
     state: TrainState, scales: AdamWScales, training: TrainingConfig, batches: list[Tensor]
-) -> TrainState:
-    """Returns `state`, which stays as it was, after a step on each batch (B, T + 1)."""
+) -> tuple[TrainState, list[float]]:
+    """Returns `state`, which stays as it was, after a step on each batch (B, T + 1), and the norm
+    of the gradient in each step."""
     optimizer = TorchAdamW(deepcopy(state), training, scales)
     optimizer.set_lr(LR)
+    norms = []
     for tokens_BS in batches:
         out = optimizer.model(tokens_BS[:, :-1])
         loss = next_token_loss(out, tokens_BS)
         loss = loss + training.load_balance_coef * out.load_balance_loss
         loss = loss + training.z_loss_coef * out.z_loss
         loss.backward()
-        optimizer.step()
-    return optimizer.into_train_state()
+        norms.append(optimizer.step().item())
+    return optimizer.into_train_state(), norms
 
 
 class CommutationTest:
     """One growth of a small random model, in float64, that Adam has trained for STEPS_BEFORE."""
 
     def __init__(self, config: ModelConfig, growth: Growth, training: TrainingConfig = SETTINGS):
-        if isinstance(growth, Deepen):  # a new router adds to the mean of the balance losses
+        if isinstance(growth, Deepen):  # a new router adds to the means of the routers' losses
             training = replace(training, load_balance_coef=0.0, z_loss_coef=0.0)
         self.growth, self.training = growth, training
         torch.manual_seed(0)
-        shape = 4, config.seq_len + 1
+        shape = BATCH_SIZE, config.seq_len + 1
         batches = [
             torch.randint(config.vocab_size, shape) for _ in range(STEPS_BEFORE + STEPS_AFTER)
         ]
         self.later_batches = batches[STEPS_BEFORE:]
         initial = TrainState.from_model(SLM(config).double())
         unscaled = adamw_scales(initial.weights, ())
-        self.old = train_on(initial, unscaled, training, batches[:STEPS_BEFORE])
+        self.old, _ = train_on(initial, unscaled, training, batches[:STEPS_BEFORE])
         self.config, self.plan = make_plan(config, growth)
-        trained = train_on(self.old, unscaled, training, self.later_batches)
+        trained, self.grad_norms = train_on(self.old, unscaled, training, self.later_batches)
         self.target = self.evaluate(apply_plan(self.config, self.plan, trained))
 
     def evaluate(self, state: TrainState) -> tuple[Tensor, Tensor]:
@@ -79,10 +84,11 @@ class CommutationTest:
         start = apply_plan(self.config, self.plan, self.old)
         scales = adamw_scales(start.weights, [self.growth])
         new_params = [name for name, row in self.plan.items() if isinstance(row, NewParam)]
-        scales |= dict.fromkeys(new_params, AdamWScale(lr=0.0, weight_decay=0.0))
+        scales |= dict.fromkeys(new_params, AdamWScale(lr=0.0, norm_weight=0.0))
         if mutation is not None:
             start, scales = mutation(self.old, start, self.plan, scales)
-        result = self.evaluate(train_on(start, scales, self.training, self.later_batches))
+        trained, _ = train_on(start, scales, self.training, self.later_batches)
+        result = self.evaluate(trained)
         logits, loss = (
             (ours - target).abs().max().item()
             for ours, target in zip(result, self.target, strict=True)
@@ -135,10 +141,12 @@ WIDENING: dict[str, Mutation] = {
     "second moment not squared": leave_share_unsquared,
     "same lr": set_scale(lr=1.0),
     "same eps": set_scale(eps=1.0),
+    "same norm": set_scale(norm_weight=1.0),
 }
 DEEPENING: dict[str, Mutation] = {
     "moments reset": reset_moments,
     "new blocks trained": set_scale(lr=1.0),
+    "new blocks in the norm": set_scale(norm_weight=1.0),
 }
 
 

@@ -42,6 +42,7 @@ class LowMemoryAdamW:
         ]
         # What lies side by side in a leaf has the same axes, and so the same scale.
         leaf_scales = [scales[next(iter(views))] for views in self.views]
+        self.norm_weights = [scale.norm_weight for scale in leaf_scales]
         self.adamw = FlashAdamW(
             param_groups(self.leaves, leaf_scales, training),
             betas=(training.beta1, training.beta2),
@@ -72,7 +73,7 @@ class LowMemoryAdamW:
     def step(self) -> Tensor:
         # The host waits for the norm: the library has no other way to leave everything as it was.
         grads = [leaf.grad for leaf in self.leaves]
-        norm = global_norm(grads)
+        norm = global_norm(grads, self.norm_weights)
         if norm.isfinite():
             factor = GRAD_SCALE * (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
             for grad in grads:

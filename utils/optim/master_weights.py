@@ -54,6 +54,8 @@ class MasterWeightAdamW:
         self.steps = torch.stack([moments["step"].to(device) for moments in self.adam.values()])
         columns = zip(*settings, strict=True)
         self.settings = SettingTensors(*(torch.tensor(each, device=device) for each in columns))
+        norm_weights = torch.tensor([scales[n].norm_weight for n in self.parts], device=device)
+        self.chunk_weights = torch.cat([norm_weights[table.owner] for table in self.tables])
         self.lr = torch.zeros((), device=device)
 
     def set_lr(self, lr: float) -> None:
@@ -63,7 +65,8 @@ class MasterWeightAdamW:
         self.grads = [table.grad_addresses() for table in self.tables]
         if not torch.cuda.is_current_stream_capturing():
             self.locate_grads()
-        norm = torch.cat([table.grad_squares() for table in self.tables]).sum().sqrt()
+        squares = torch.cat([table.grad_squares() for table in self.tables])
+        norm = (squares * self.chunk_weights).sum().sqrt()
         is_finite = norm.isfinite()
         clip = (self.training.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         clip = torch.where(is_finite, clip, -1.0)

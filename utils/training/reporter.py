@@ -11,7 +11,7 @@ from utils.metrics.console import progress_line, underused_line
 from utils.metrics.diagnostics import copied_matrices, underused_experts, weight_stats
 from utils.metrics.history import loss_above_growth, phase_events, read_history
 from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
-from utils.optim.adamw import Optimizer
+from utils.optim.adamw import Optimizer, lr_scale_range
 from utils.schedule.lr import lr_at
 from utils.schedule.phases import ResolvedPhase
 from utils.training.context import RunContext
@@ -30,6 +30,9 @@ class PhaseReporter:
         is_first = (phase.number, self.step) == (1, 0)
         self.eta = EtaEstimator(context.phases, context.device) if is_first else None
         self.events = phase_events(read_history(context.history.path), phase.number)
+        self.lr_scale_range = lr_scale_range(
+            phase.config, context.run.training, phase.growth_history
+        )
         grown_before = len(context.init_source.growth_history)
         growths = phase.growth_history[grown_before:]
         self.copied = copied_matrices(context.run.model, growths)
@@ -70,7 +73,8 @@ class PhaseReporter:
     def log(self, measured: dict[str, float]) -> None:
         """Writes a `step` line of what was measured since the last one."""
         lr = lr_at(self.step - 1, self.phase, self.context.run.training)
-        self.record("step", lr=lr, **measured)
+        low, high = self.lr_scale_range
+        self.record("step", lr=lr, lr_min=low * lr, lr_max=high * lr, **measured)
         self.last |= measured
         self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
 
