@@ -17,12 +17,12 @@ from models import SLM
 from utils.benchmark.baselines import make_baseline_model
 from utils.benchmark.options import BenchmarkOptions
 from utils.benchmark.results import catch_out_of_memory, format_results
-from utils.benchmark.roofline import COMPONENTS, DeviceRates
+from utils.benchmark.roofline import COMPONENTS, DeviceRates, nominal_flops
 from utils.benchmark.startup import time_startup, time_tokenization
 from utils.benchmark.suite import run_benchmark
 from utils.benchmark.timing import time_in_turn
 from utils.runtime.cli import parse_flags, run_command
-from utils.schedule.phases import resolve_phases
+from utils.schedule.phases import flops_per_token, resolve_phases
 
 CPU = torch.device("cpu")
 H200 = DeviceRates(flops_per_s=790e12, bytes_per_s=4.3e12)
@@ -74,7 +74,7 @@ def test_there_is_a_finite_row_for_each_phase_batch_and_model(report):
     for row in report["steps"]:
         numbers = {name: value for name, value in row.items() if not isinstance(value, str)}
         memory = numbers.pop("peak_memory_gb")
-        assert memory is None and "error" not in row
+        assert memory is numbers.pop("mfu") is None and "error" not in row
         assert all(math.isfinite(value) and value >= 0 for value in numbers.values())
         assert math.isclose(row["tokens_per_s"] * row["ms"], 1e3 * row["batch"] * row["context"])
         assert math.isclose(row["of_limit"], row["tokens_per_s"] / row["limit_tokens_per_s"])
@@ -93,7 +93,30 @@ def test_the_components_of_our_own_step_are_timed_beside_their_limits(report):
 
 def test_the_rates_of_the_machine_are_of_a_size_that_machines_have(report):
     (rates,) = report["rates"]
+    assert rates["nominal_flops_per_s"] is None
     assert 1e8 < rates["flops_per_s"] < 1e14 and 1e7 < rates["bytes_per_s"] < 1e12
+
+
+def test_mfu_is_of_the_data_sheets_rate_and_not_of_the_measured_one():
+    """The step of 64 sequences in phase 1 that docs/performance.md has, on an H100."""
+    phase = resolve_phases(full())[0]
+    nominal = nominal_flops("NVIDIA H100 80GB HBM3", torch.bfloat16)
+    h100 = DeviceRates(flops_per_s=692e12, bytes_per_s=3.01e12, nominal_flops_per_s=nominal)
+    shares = h100.utilization(1.002e6 * flops_per_token(phase.config))
+    assert shares == pytest.approx({"mfu": 0.400, "of_matrix_rate": 0.572}, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    "card, dtype",
+    [
+        ("NVIDIA H100 80GB HBM3", torch.float32),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16),
+        ("cpu", torch.bfloat16),
+    ],
+)
+def test_there_is_no_mfu_where_the_nominal_rate_is_not_known(card, dtype):
+    rates = DeviceRates(1e12, 1e12, nominal_flops(card, dtype))
+    assert rates.utilization(5e11) == {"mfu": None, "of_matrix_rate": 0.5}
 
 
 def test_the_limits_of_the_components_add_up_to_that_of_the_step():

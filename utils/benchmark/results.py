@@ -12,14 +12,18 @@ ResultRow = dict[str, Any]
 """What was measured, by name; None where it cannot be."""
 
 TABLES = {
-    "rates": [("FLOP/s", "flops_per_s", ".3g"), ("bytes/s", "bytes_per_s", ".3g")],
+    "rates": [
+        ("FLOP/s", "flops_per_s", ".3g"), ("nominal", "nominal_flops_per_s", ".3g"),
+        ("bytes/s", "bytes_per_s", ".3g"),
+    ],
     "steps": [
         ("phase", "name", ""), ("model", "model", ""), ("batch", "batch", ""),
         ("ms", "ms", ".2f"), ("min", "ms_min", ".2f"), ("max", "ms_max", ".2f"),
         ("without data", "ms_without_data", ".2f"),
         ("tokens/s", "tokens_per_s", ",.0f"),
         ("limit", "limit_tokens_per_s", ",.0f"), ("of it", "of_limit", ".1%"),
-        ("MFU", "mfu", ".3f"), ("GB", "peak_memory_gb", ".1f"),
+        ("MFU", "mfu", ".3f"), ("of matrix rate", "of_matrix_rate", ".3f"),
+        ("GB", "peak_memory_gb", ".1f"),
         ("", "error", ""),
     ],
     "components": [

@@ -9,6 +9,7 @@ import torch
 from config import ModelConfig
 from transfer.plan import param_shapes
 from utils.benchmark.timing import time_in_turn
+from utils.runtime.device import device_name
 from utils.schedule.phases import attention_macs, flops_per_token
 
 COMPONENTS: tuple[str, ...] = ("head", "attention", "ffn", "optimizer")
@@ -23,13 +24,41 @@ CALLS_PER_REPEAT = 10
 """Products or copies to each repeat: a single one is over before the clocks have settled."""
 
 
+NOMINAL_BF16_FLOPS: dict[str, float] = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+"""For each card, by the name that CUDA gives it, the floating-point operations a second in bf16
+that its data sheet promises, without sparsity and with sums in float32. A part of a card (MIG) has
+another name."""
+
+
+def nominal_flops(card: str, dtype: torch.dtype) -> float | None:
+    """Returns the data sheet's operations a second in products of `dtype`; None where this project
+    does not know it."""
+    return NOMINAL_BF16_FLOPS.get(card) if dtype == torch.bfloat16 else None
+
+
 class DeviceRates(NamedTuple):
-    """What the device does at best, measured."""
+    """What the device does at best."""
 
     flops_per_s: float
-    """Floating-point operations in large matrix products, in the training step's precision."""
+    """Floating-point operations in large matrix products, in the training step's precision,
+    measured."""
     bytes_per_s: float
-    """Bytes of a large copy, what is read and what is written."""
+    """Bytes of a large copy, what is read and what is written, measured."""
+    nominal_flops_per_s: float | None = None
+    """What the data sheet promises in place of `flops_per_s`; None where it is not known."""
 
     @classmethod
     def measure(
@@ -43,7 +72,22 @@ class DeviceRates(NamedTuple):
         counts = CALLS_PER_REPEAT * repeats, CALLS_PER_REPEAT * warm_up
         (product_s,) = time_in_turn([partial(torch.mm, a, b, out=product)], device, *counts)
         (copy_s,) = time_in_turn([partial(target.copy_, source)], device, *counts)
-        return cls(2 * size**3 / median(product_s), 2 * source.nbytes / median(copy_s))
+        return cls(
+            flops_per_s=2 * size**3 / median(product_s),
+            bytes_per_s=2 * source.nbytes / median(copy_s),
+            nominal_flops_per_s=nominal_flops(device_name(device), dtype),
+        )
+
+    def utilization(self, flops_per_s: float) -> dict[str, float | None]:
+        """Returns what share so many of the model's operations a second are: `mfu`, of the nominal
+        rate (model FLOPs utilization, arXiv:2204.02311, appendix B), None where that is not known;
+        and `of_matrix_rate`, of the measured rate of large products, which no card's nominal rate
+        is."""
+        nominal = self.nominal_flops_per_s
+        return {
+            "mfu": None if nominal is None else flops_per_s / nominal,
+            "of_matrix_rate": flops_per_s / self.flops_per_s,
+        }
 
     def step_limit_s(self, config: ModelConfig, tokens: int) -> float:
         """Returns the seconds of a step on so many tokens: its products, then its memory traffic,

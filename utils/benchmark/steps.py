@@ -118,7 +118,7 @@ def measure_step(
             row["ms_without_data"] = 1e3 * median(*without_data_s)
         row |= {
             "tokens_per_s": tokens / seconds,
-            "mfu": tokens * flops_per_token(config) / seconds / rates.flops_per_s,
+            **rates.utilization(tokens * flops_per_token(config) / seconds),
             "of_limit": limit_s / seconds,
             "peak_memory_gb": peak_memory_gb(setup.device),
         }
