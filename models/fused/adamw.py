@@ -63,8 +63,8 @@ def adamw_kernel(
     lr_ptr, clip_ptr, beta1, beta2,
     DTYPE: tl.constexpr, IS_SPLIT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Updates one chunk. IS_SPLIT: the master is a copy and its low bits; otherwise it lies whole
-    where the table has the low bits."""
+    """Updates one chunk, whose gradient is in DTYPE. IS_SPLIT: the master is a copy and its low
+    bits; otherwise it lies whole where the table has the low bits."""
     clip = tl.load(clip_ptr)
     if clip >= 0:  # negative where the gradient is not finite
         row = tl.program_id(0).to(tl.int64)
@@ -169,13 +169,16 @@ class ChunkTable:
                 first += run.numel()
         leaf = self.leaves[0]
         self.addresses, self.leaf = np.concatenate(rows), np.concatenate(leaves)
-        self.offset = self.addresses[:, GRAD].copy()  # `locate_grads` makes addresses of them
+        grad_dtype = leaf.grad_dtype or leaf.dtype
+        # `locate_grads` makes addresses of these; a gradient may be wider than its leaf.
+        self.offset = self.addresses[:, GRAD] * (grad_dtype.itemsize // leaf.element_size())
         chunks = np.concatenate(sizes).astype(np.int32)
         self.is_aligned = not (self.addresses % 16).any() and not (chunks % 8).any()
         self.table = torch.from_numpy(self.addresses).to(leaf.device)
         self.size = torch.from_numpy(chunks).to(leaf.device)
         self.owner = torch.from_numpy(np.concatenate(owners).astype(np.int32)).to(leaf.device)
-        self.dtype = tl.float32 if leaf.dtype == torch.float32 else tl.bfloat16
+        self.is_split = leaf.dtype == torch.bfloat16
+        self.grad_dtype = tl.float32 if grad_dtype == torch.float32 else tl.bfloat16
 
     def grad_addresses(self) -> list[int]:
         """Returns the addresses of the leaves' gradients."""
@@ -196,7 +199,7 @@ class ChunkTable:
         square = torch.empty(len(self.size), device=self.table.device)
         square_kernel[(len(self.size),)](
             self.table, self.size, square,
-            DTYPE=self.dtype, WIDE=self.is_wide(), BLOCK=CHUNK, num_warps=4,
+            DTYPE=self.grad_dtype, WIDE=self.is_wide(), BLOCK=CHUNK, num_warps=4,
         )  # fmt: skip
         return square
 
@@ -212,6 +215,6 @@ class ChunkTable:
         Gradients are multiplied by `clip`; a negative one leaves everything as it was."""
         adamw_kernel[(len(self.size),)](
             self.table, self.size, self.owner, *biases, *settings, lr, clip, *betas,
-            DTYPE=self.dtype, IS_SPLIT=self.dtype == tl.bfloat16, WIDE=self.is_wide(), BLOCK=CHUNK,
+            DTYPE=self.grad_dtype, IS_SPLIT=self.is_split, WIDE=self.is_wide(), BLOCK=CHUNK,
             num_warps=8,
         )  # fmt: skip

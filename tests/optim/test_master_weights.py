@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from config import Upcycle, Widen
+from models import next_token_loss
 from tests.helpers.gpu_models import (
     BF16,
     CONFIGS,
@@ -20,9 +21,11 @@ from tests.helpers.gpu_models import (
     for_each_config,
     needs_fused_kernels,
 )
-from tests.helpers.small_models import state_tensors
+from tests.helpers.small_models import relative_error, state_tensors
 from transfer import adamw_scales
+from transfer.plan import param_shapes
 from utils.optim.adamw import TorchAdamW, build_optimizer
+from utils.runtime.device import autocast
 from utils.training.step import train_step
 
 pytestmark = needs_fused_kernels
@@ -114,6 +117,46 @@ def test_a_step_is_that_of_torchs_adamw_on_float32_weights(config, growth_histor
             assert_close(result.adam[name][kind].to(CUDA), moment.to(CUDA), rtol=1e-4, atol=1e-9)
         copy = parts[name].copy.float().cpu()
         assert_close(copy, result.weights[name], rtol=2**-8, atol=0.0)
+
+
+@for_each_config
+def test_gradients_of_micro_batches_add_up_in_float32(config):
+    """Those of 64 equal micro-batches are those of one; sums in bf16 would be off by 2 %."""
+
+    def add_up_gradients(count):
+        training = replace(TRAINING, micro_batch_size=2)
+        model = build_optimizer(cuda_train_state(config), training, BF16).model
+        tokens = cuda_windows(config, 2, 65)
+        for _ in range(count):
+            with autocast(CUDA, BF16):
+                loss = next_token_loss(model(tokens[:, :-1]), tokens)
+            (loss / count).backward()
+        return [leaf.grad for leaf in model.parameters()]
+
+    for one, many in zip(add_up_gradients(1), add_up_gradients(64), strict=True):
+        assert one.dtype == many.dtype == torch.float32
+        assert relative_error(many, one) < 5e-3
+
+
+@for_each_config
+def test_a_step_in_micro_batches_is_that_of_torchs_adamw_on_the_same_gradients(config):
+    """The gradients of bf16 leaves are in float32 here, which the kernel must read as such."""
+    training = replace(TRAINING, micro_batch_size=2)
+    torchs = TorchAdamW(cuda_train_state(config), training, adamw_scales(param_shapes(config), ()))
+    masters = build_optimizer(cuda_train_state(config), training, BF16)
+    for name, param in torchs.model.named_parameters():
+        leaf, copy = masters.parts[name].leaf, masters.parts[name].copy
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf, dtype=torch.float32)
+        param.grad = torch.randn_like(param)
+        own = leaf.grad.as_strided(copy.shape, copy.stride(), copy.storage_offset())
+        own.copy_(param.grad)
+    for optimizer in (masters, torchs):
+        optimizer.set_lr(1e-2)
+    assert masters.step().item() == pytest.approx(torchs.step().item(), rel=1e-5)
+    result, expected = masters.snapshot(), torchs.into_train_state()
+    for name, weight in expected.weights.items():
+        assert_close(result.weights[name].to(CUDA), weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_shows_in_the_norm():

@@ -37,6 +37,15 @@ def test_a_micro_batch_is_expected_to_need_what_a_batch_of_its_size_needs():
     assert expected_gb(micro_batch_size=16) == expected_gb()
 
 
+def test_gradients_that_add_up_in_float32_take_two_bytes_a_parameter_more():
+    config = resolve_phases(full())[0].config
+    whole, in_parts = (
+        memory_gb(config, 1, BF16, is_fused=True, has_micro_batches=parts)
+        for parts in (False, True)
+    )
+    assert in_parts - whole == pytest.approx(2 * config.num_params / 1e9)
+
+
 @pytest.mark.parametrize("device, is_fused", [("cuda", True), ("cuda", False), ("cpu", False)])
 def test_the_settings_offered_where_memory_is_short_make_every_phase_fit(
     device, is_fused, monkeypatch

@@ -25,7 +25,7 @@ FLOAT32_PARAMS = ("norm.weight", "router.weight", "position.weight")
 
 class MasterWeightAdamW:
     """AdamW over a TrainState, whose weights are gone after that and whose moments change in place.
-    With micro-batches the gradients add up in bf16."""
+    The gradients of micro-batches add up in float32."""
 
     def __init__(self, state: TrainState, training: TrainingConfig, scales: AdamWScales):
         self.training, self.config = training, state.config
@@ -38,6 +38,9 @@ class MasterWeightAdamW:
             for name, master in state.weights.items()
         }
         self.model, copies = working_copy(state)
+        if training.micro_batch_size:
+            for leaf in self.model.parameters():
+                leaf.grad_dtype = torch.float32
         self.parts: dict[str, MasterPart] = {}
         for name, (leaf, copy) in copies.items():
             low, moments = state.weights.pop(name), self.adam[name]

@@ -16,6 +16,8 @@ BYTES_PER_PARAM = 16
 """Weight, gradient and Adam's two moments, all float32."""
 FUSED_BYTES_PER_PARAM = 14
 """The weight in two halves of 2, the gradient in bf16, two moments in float32."""
+MICRO_BATCH_BYTES_PER_PARAM = 2
+"""What the fused step adds to that for gradients that add up in float32."""
 LOW_MEMORY_BYTES_PER_PARAM = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
 SPLIT_BYTES_PER_PARAM = 8
@@ -35,6 +37,7 @@ def memory_gb(
     dtype: torch.dtype,
     low_memory: bool = False,
     is_fused: bool = False,
+    has_micro_batches: bool = False,
 ) -> float:
     """Returns the expected peak memory of a phase in 10^9 bytes, with `sequences` at a time.
 
@@ -56,6 +59,7 @@ def memory_gb(
     if low_memory:
         per_param = LOW_MEMORY_BYTES_PER_PARAM
     elif is_fused:
+        per_param += MICRO_BATCH_BYTES_PER_PARAM * has_micro_batches
         largest = width * max(config.vocab_size, (config.num_experts or 1) * config.d_ff)
         activations = max(activations, SPLIT_BYTES_PER_PARAM * largest)
     return (config.num_params * per_param + activations) / 1e9
@@ -67,7 +71,8 @@ def phase_memory_gb(phase: ResolvedPhase, run: Run, device: torch.device) -> flo
     is_fused = training.fused_kernels and fused_kernels_available(phase.config, device, dtype)
     at_once = min(training.micro_batch_size or phase.batch_size, phase.batch_size)
     low_memory = training.fused_kernels and training.low_memory
-    in_use = memory_gb(phase.config, at_once, dtype, low_memory, is_fused)
+    micro_batches = training.micro_batch_size is not None
+    in_use = memory_gb(phase.config, at_once, dtype, low_memory, is_fused, micro_batches)
     return CPU_OVERHEAD * in_use if device.type == "cpu" else in_use
 
 
