@@ -63,7 +63,7 @@ def assert_near(results, targets, tolerance):
         torch.testing.assert_close(result.double() / size, target / size, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("top_k", [2, 3, 5])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_every_token_gets_the_weighted_sum_of_its_experts(tokens, top_k):
     moe, x_BTD = random_experts(replace(MOE, top_k=top_k)), random_inputs(MOE, tokens)
@@ -94,7 +94,7 @@ def test_experts_that_get_no_token_get_no_gradient(config):
         assert (gradient[is_idle_E] == 0).all() and (gradient[~is_idle_E] != 0).any()
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("top_k", [2, 3, 5])
 def test_equal_experts_are_the_dense_layer_whatever_the_router(top_k):
     moe, dense = random_experts(replace(MOE, top_k=top_k)), MLP(MOE).double()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_z_loss_is_the_mean_square_of_the_log_of_the_softmax_denominator():
     torch.testing.assert_close(moe(x_BTD)[1].z_loss, denominator_N.log().square().mean())
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("top_k", [2, 4])
 def test_the_balance_loss_is_top_k_where_routing_is_fair_and_grows_to_num_experts(top_k):
     moe = random_experts(replace(MOE, num_experts=4, top_k=top_k))
     fair_BTD = torch.eye(4, MOE.d_model, dtype=torch.double)[None]

@@ -105,7 +105,7 @@ def test_logits_and_loss_and_the_embeddings_gradient_are_those_of_the_reference(
     torch.testing.assert_close(model.embed.weight.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("top_k", [2, 3, 5])
 def test_the_balance_loss_of_each_layer_is_that_of_the_reference(top_k):
     config, inputs = replace(MOE, top_k=top_k), []
     model = random_model(config).float()

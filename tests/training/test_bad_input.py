@@ -44,7 +44,7 @@ COMMANDS = {
     "--model.num-experts 2 --model.top-k 3": "model.top_k = 3 must be between 1 and ",
     "--model.n-layers 0": "model.n_layers = 0 must be a whole number, at least 1",
     "--model.num-experts 4": "phase 2 (moe): ",
-    "--training.upcycle.top-k 5": "upcycle.top_k = 5 must be at most upcycle.num_experts = 4",
+    "--training.upcycle.top-k 5": "upcycle.top_k = 5 must be between 1 and upcycle.num_experts = 4",
     "--training.deepen.extra-layers -1": "deepen.extra_layers = -1 must be a whole number",
     "--training.widen.noise nan": "widen.noise = nan must be a finite number, at least 0",
     "--training.steps-phase2 -1": "training.steps_phase2 = -1 must be a whole number",
