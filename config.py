@@ -50,6 +50,7 @@ def tiny() -> Run:
         deepen=Deepen(extra_layers=1),
         eval_every=40,
         eval_tokens=8_192,
+        final_eval_tokens=32_768,
         sample_tokens=60,
     )
     data = DataConfig(source="builtin", num_stories=8_000)
@@ -544,9 +545,14 @@ class TrainingConfig:
     eval_every: PositiveInt = 100
     """Optimizer steps between evaluations; a phase's start and end are always evaluated."""
     eval_tokens: NonNegativeInt = 32_768
-    """Validation tokens in each evaluation."""
+    """Validation tokens in each evaluation, the same ones every time, from windows that are spread
+    evenly over all of the validation text."""
+    final_eval_tokens: NonNegativeInt = 131_072
+    """Validation tokens in the evaluation at the end of each phase: those of every evaluation, and
+    more from between them."""
     probe_sequences: PositiveInt = 8
-    """Sequences in the frozen probe batch that judges each growth."""
+    """Sequences in the frozen probe batch that judges each growth, spread evenly over all of the
+    validation text."""
     checkpoint_every: str = "5min"
     """How often to keep a point to resume from within a phase: minutes (5min) or steps (200)."""
     sample_tokens: NonNegativeInt = 80
@@ -573,27 +579,49 @@ class DataConfig:
     source: str = "auto"
     """`auto`: TinyStories from the hub, or the built-in stories where no hub can be reached.
     `tinystories`: TinyStories or an error. `hub:NAME`: another text dataset on the hub. `builtin`:
-    stories from a small seeded grammar, no network. Anything else is a path: a text file (.txt,
-    .txt.gz; stories separated by <|endoftext|>) or a folder of them, in which files named valid*
-    are the validation text."""
+    stories from a small seeded grammar, no network. Anything else is a path: a file (.txt or .md,
+    with <|endoftext|> between stories; .jsonl, .json or .parquet; also .gz, .xz or .zst of these)
+    or a folder of them. In a folder, valid, validation, val or dev is the validation text, and so
+    is stories-valid beside stories-train; test text is left out."""
     tokenizer: str = "auto"
-    """A folder with a tokenizer.json, a name on the hub, a checkpoint of this project (.pt), or
-    `learned`, a byte-level BPE learned on the text itself. `auto` takes gpt2, and `learned` for the
-    built-in stories."""
+    """A tokenizer.json or a folder with one, a name on the hub, a checkpoint of this project (.pt),
+    or `learned`, a byte-level BPE learned on the text itself. `auto` takes gpt2, and `learned` for
+    the built-in stories."""
     eos_token: str = ""
     """The token that ends a text, such as </s>. Empty takes the one that the tokenizer's files
     name; a tokenizer whose files name none needs this."""
-    num_stories: NonNegativeInt = 50_000
-    """Largest number of stories to read. 0 reads all."""
-    text_field: str = "text"
-    """Column that holds the text in a dataset from the hub."""
+    num_stories: NonNegativeInt | None = None
+    """Largest number of stories to read. 0 reads all. None reads all of a file or folder, and
+    50,000 from the hub or of the built-in stories."""
+    text_field: str = ""
+    """Field that holds the text in JSON, parquet or a dataset from the hub. Empty takes `text`, or
+    the only field of text."""
+    config: str = ""
+    """Configuration of a dataset from the hub that has several. Empty takes its default."""
+    split: str = ""
+    """Split of a dataset from the hub to train on. Empty takes those whose first word is train."""
+    valid_split: str = ""
+    """Split of a dataset from the hub to validate on. Empty takes those whose first word is valid,
+    validation, val or dev."""
     valid_fraction: Annotated[float, Range(0, 1, exclude=(0, 1))] = 0.05
-    """Fraction of the stories to hold out for validation where the source has no split for it."""
+    """Share of the text to hold out for validation where the source keeps none apart: whole
+    documents, or the end of the text where there is only one."""
     cache: Path = Path("~/.cache/model-growth")
     """Folder in which tokens are written once and found again."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
+        is_on_hub = self.source in ("auto", "tinystories") or self.source.startswith("hub:")
+        for name in ("config", "split", "valid_split"):
+            require(
+                is_on_hub or not getattr(self, name),
+                f"data.{name} = {getattr(self, name)}: data.source = {self.source} is no dataset "
+                "on the hub",
+            )
+        require(
+            not self.split or self.split != self.valid_split,
+            f"data.split = {self.split} is data.valid_split too",
+        )
 
 
 TrackerName = Literal["none", "tensorboard"]

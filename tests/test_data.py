@@ -1,9 +1,11 @@
 """Corpus -> tokens -> batches."""
 
 import gzip
+import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,16 @@ import torch
 
 from config import DataConfig, InputError, tiny
 from utils import data
-from utils.data import Corpus, check_corpus_length, first_windows, get_batch, prepare_corpus
+from utils.data import (
+    Corpus,
+    check_corpus_length,
+    get_batch,
+    prepare_corpus,
+    spread_windows,
+    valid_windows,
+)
 from utils.schedule.phases import resolve_phases
+from utils.text import sources
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
 from utils.text.tokenizer import learn_tokenizer
@@ -37,11 +47,14 @@ def stories_of(corpus: Corpus, split: str) -> list[str]:
     return stories
 
 
-def test_tokens_decode_to_the_stories_and_every_kth_is_validation_text(prepare):
+def test_tokens_decode_to_the_stories_and_a_share_of_them_is_validation_text(prepare):
     corpus = prepare(valid_fraction=0.1)
     texts = list(builtin_stories(60))
-    assert stories_of(corpus, "valid") == texts[9::10]
-    assert stories_of(corpus, "train") == [text for i, text in enumerate(texts) if i % 10 != 9]
+    train, valid = stories_of(corpus, "train"), stories_of(corpus, "valid")
+    assert train == [text for text in texts if text not in valid]
+    assert valid == [text for text in texts if text not in train]
+    assert (corpus.train_documents, corpus.valid_documents) == (len(train), len(valid))
+    assert sum(map(len, valid)) / sum(map(len, texts)) == pytest.approx(0.1, abs=0.01)
     assert corpus.train.dtype == np.uint16 and corpus.vocab_size <= 400
     assert not corpus.is_fallback and corpus.name == "builtin"
 
@@ -67,8 +80,9 @@ def test_a_changed_file_is_read_again(prepare, tmp_path):
 
 def test_a_text_that_changes_while_it_is_read_is_refused(prepare, tmp_path, monkeypatch):
     def write_and_change(*args):
-        write_tokens(*args)
+        documents = write_tokens(*args)
         file.write_text("other")
+        return documents
 
     file, write_tokens = tmp_path / "a.txt", data.write_tokens
     file.write_text(SEPARATOR.join(builtin_stories(30)))
@@ -87,13 +101,59 @@ def test_a_path_gives_the_stories_of_its_files(prepare, tmp_path):
     (folder / "valid.txt").write_text(SEPARATOR.join(text[40:]))
     (folder / "titles.json").write_text("{}")
 
-    whole = prepare(folder, num_stories=0)
+    whole = prepare(folder, num_stories=None)
     assert (stories_of(whole, "train"), stories_of(whole, "valid")) == (text[:40], text[40:])
+    assert whole.record.train == ["a.txt", "b.txt.gz"] and whole.record.valid == ["valid.txt"]
+    assert whole.record.left_out == ["titles.json (no text field)"] and not whole.record.is_cut
     part = prepare(folder, num_stories=30, valid_fraction=0.1)
     assert (stories_of(part, "train"), stories_of(part, "valid")) == (text[:30], text[40:43])
+    assert part.record.is_cut
+    assert not prepare(folder, num_stories=40).record.is_cut, "there are no more"
 
 
-def test_the_end_of_a_text_of_few_stories_is_validation_text(prepare, tmp_path):
+def test_ones_own_text_is_read_whole_unless_asked_otherwise(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "NUM_STORIES", 30)
+    file = tmp_path / "a.txt"
+    file.write_text(SEPARATOR.join(builtin_stories(50)))
+    corpus = prepare(file, num_stories=None)
+    assert corpus.train_documents + corpus.valid_documents == 50 and not corpus.record.is_cut
+    builtin = prepare(num_stories=None)
+    assert builtin.train_documents + builtin.valid_documents == 30
+
+
+def test_records_in_a_folder_are_stories_and_rows_without_a_text_are_counted(prepare, tmp_path):
+    text, folder = list(builtin_stories(40)), tmp_path / "text"
+    (folder / "sub").mkdir(parents=True)
+    rows = [{"id": i, "story": story} for i, story in enumerate(text[:20])]
+    lines = map(json.dumps, [*rows, {"id": 20, "story": None}])
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "sub/b.TXT").write_text(SEPARATOR.join(text[20:30]))
+    (folder / "sub/dev.json").write_text(json.dumps(text[30:]))
+    corpus = prepare(folder, num_stories=None)
+    assert (stories_of(corpus, "train"), stories_of(corpus, "valid")) == (text[:30], text[30:])
+    assert corpus.record.train == ["a.jsonl", "sub/b.TXT"]
+    assert list(corpus.record.null_rows.values()) == [1, 0]
+    assert prepare(folder, num_stories=0).record == corpus.record, "from the cache too"
+
+
+def test_tokens_are_made_anew_when_what_they_follow_from_changes(prepare, tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rows = ({"text": story, "title": story.split(".")[0]} for story in builtin_stories(30))
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = prepare(folder)
+    assert prepare(folder, text_field="title").fingerprint != first.fingerprint
+    (folder / "dev.txt").write_text("A text of its own.")
+    assert prepare(folder).record.valid == ["dev.txt"]
+    (folder / "notes.pdf").write_text("")
+    assert prepare(folder).record.left_out == ["notes.pdf (not text)"]
+    (folder / "dev.txt").rename(folder / "test.txt")
+    renamed = prepare(folder)
+    assert renamed.fingerprint == first.fingerprint and not renamed.record.valid
+    assert renamed.record.left_out == ["test.txt (test text)", "notes.pdf (not text)"]
+
+
+def test_the_end_of_a_text_of_one_document_is_validation_text(prepare, tmp_path):
     file = tmp_path / "book.txt"
     text = "\n\n".join(builtin_stories(30))
     file.write_text(text)
@@ -102,6 +162,7 @@ def test_the_end_of_a_text_of_few_stories_is_validation_text(prepare, tmp_path):
     gap = text[len(train) : -len(valid)]
     assert text == train + gap + valid and gap.isspace()
     assert 0.1 < len(valid) / len(text) < 0.4
+    assert corpus.record.splits_document
 
 
 def test_a_tokenizer_must_fit_the_model(prepare, tmp_path):
@@ -110,6 +171,14 @@ def test_a_tokenizer_must_fit_the_model(prepare, tmp_path):
     assert corpus.train[-1] == corpus.valid[-1] == corpus.special_tokens.eos_id
     with pytest.raises(InputError, match=r"data.tokenizer = .* 300 tokens.*model.vocab_size = 299"):
         prepare(tokenizer=str(tmp_path), vocab_size=299)
+
+
+def test_a_tokenizer_may_be_the_file_itself(prepare, tmp_path):
+    learn_tokenizer(builtin_stories(30), 300).save(str(tmp_path / "my.json"))
+    corpus = prepare(tokenizer=str(tmp_path / "my.json"), vocab_size=300)
+    assert corpus.vocab_size == 300
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "my.json").read_bytes())
+    assert prepare(tokenizer=str(tmp_path), vocab_size=300).fingerprint == corpus.fingerprint
 
 
 def test_auto_falls_back_loudly_where_datasets_is_not_installed(tmp_path, monkeypatch):
@@ -148,12 +217,47 @@ def test_batches_reach_the_first_and_the_last_token():
     assert (batch.min(), batch.max()) == (0, 19)
 
 
-def test_the_first_windows_lie_side_by_side_and_stay_within_the_limit():
-    text = np.arange(1000, dtype=np.uint16)
-    windows = first_windows(text, seq_len=9, limit_tokens=255)
-    assert torch.equal(windows.flatten(), torch.arange(250)) and windows.shape == (25, 10)
-    assert first_windows(text, seq_len=9, limit_tokens=0).shape == (1, 10)
-    assert first_windows(text, seq_len=9, limit_tokens=10**6).shape == (100, 10)
+@pytest.mark.parametrize("length", [10, 18, 19, 20, 991, 1000, 10_007])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100, 10**6])
+def test_windows_are_spread_evenly_and_predict_no_token_twice(length, count):
+    windows = spread_windows(np.arange(length, dtype=np.uint16), 9, count)
+    assert len(windows) == max(1, min(count, (length - 1) // 9))
+    predicted = windows[:, 1:].flatten().tolist()
+    assert sorted(set(predicted)) == predicted, "in order, none twice"
+    assert windows.min() >= 0 and windows.max() < length
+    middles = windows.double().mean(1)
+    stretch = (length - 1) / len(windows)
+    even = (torch.arange(len(windows)) + 0.5) * stretch
+    assert (middles - even).abs().max() <= 1
+
+
+def make_valid_text(lengths: list[int]) -> Corpus:
+    """A corpus whose validation documents, of these lengths, repeat their number; 0 ends them."""
+    valid = np.concatenate([[i] * (n - 1) + [0] for i, n in enumerate(lengths, 1)])
+    return SimpleNamespace(valid=valid.astype(np.uint16), eos_id=0)
+
+
+def test_each_document_has_its_share_of_what_is_evaluated():
+    lengths = [5000, 1000, 3000, 11_000]
+    corpus = make_valid_text(lengths)
+    windows = valid_windows(corpus, 20, eval_tokens=2000, final_eval_tokens=8000)
+    both = torch.cat([windows.regular, windows.further])
+    assert (windows.tokens, windows.final_tokens) == (2000, 8000)
+    assert (windows.documents, windows.final_documents) == (4, 4)
+    for part in (windows.regular, both):
+        counts = part.flatten().bincount()[1:] / part.numel()
+        shares = torch.tensor(lengths) / sum(lengths)
+        assert (counts - shares).abs().max() < 0.02
+
+
+def test_a_phases_end_is_evaluated_on_the_other_windows_too_and_on_all_there_are():
+    corpus = make_valid_text([50] * 30)
+    windows = valid_windows(corpus, 10, eval_tokens=100, final_eval_tokens=10**6)
+    rows = torch.cat([windows.regular, windows.further])
+    assert windows.tokens == 100 and windows.final_tokens == 1490 and len(rows.unique(dim=0)) > 9
+    assert windows.final_documents == 30 and windows.documents == 10
+    few = valid_windows(corpus, 10, eval_tokens=200, final_eval_tokens=0)
+    assert few.tokens == few.final_tokens == 200 and not len(few.further)
 
 
 @pytest.mark.parametrize(
@@ -163,10 +267,11 @@ def test_the_first_windows_lie_side_by_side_and_stay_within_the_limit():
         ("stroies.txt", None, "perhaps stories.txt"),
         ("empty.txt", b"", "no text"),
         ("blank.txt", b"\n<|endoftext|>\n \n", "no text"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8"),
-        ("notes.pdf", b"text", ".txt or .txt.gz"),
-        ("torn.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:-9], "damaged gzip"),
-        ("false.txt.gz", b"text", "damaged gzip"),
+        ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8: line 1, byte offset 3"),
+        ("notes.pdf", b"text", ".txt .md .jsonl .json .parquet, also as .gz, .xz or .zst"),
+        ("torn.txt.gz", gzip.compress(b"text" * 1000, mtime=0)[:-9], "damaged"),
+        ("false.txt.gz", b"text", "damaged"),
+        ("rows.jsonl", b'{"a": "x", "b": "y"}', "--data.text-field NAME"),
     ],
 )
 def test_a_bad_file_is_one_line(prepare, tmp_path, name, content, reason):
@@ -183,6 +288,8 @@ def test_a_bad_file_is_one_line(prepare, tmp_path, name, content, reason):
     "config, reason",
     [
         ({"source": "hub:"}, "data.source = hub:"),
+        ({"split": "train"}, "data.split = train: data.source = builtin is no dataset on the hub"),
+        ({"source": "hub:a/b", "split": "x", "valid_split": "x"}, "data.split = x is data.valid_"),
         ({"source": "x" * 5000}, "data.source = xxx"),
         ({"source": "~nobody-of-that-name/a.txt"}, "data.source = ~nobody"),
         ({"tokenizer": "~nobody-of-that-name"}, "data.tokenizer = ~nobody"),

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 from config import DataConfig, require
 from utils.runtime.hub import HubUnreachable, hash_file
 from utils.text.fast_encode import write_tokens
-from utils.text.sources import TextChunk, TextSource, find_source, mark_validation
+from utils.text.sources import (
+    TextChunk,
+    TextRecord,
+    TextSource,
+    find_source,
+    mark_validation,
+)
 from utils.text.special_tokens import SpecialTokens
 from utils.text.token_cache import cached_folder
 from utils.text.tokenizer import (
@@ -53,6 +60,12 @@ class Corpus:
     """Whether `auto` had to take the built-in stories."""
     fingerprint: str
     """Hash of all tokens: equal tokens, equal fingerprint."""
+    train_documents: int
+    """Stories in `train`."""
+    valid_documents: int
+    """Stories in `valid`."""
+    record: TextRecord
+    """What the text is made of, and what of it is missing."""
 
 
 def prepare_corpus(
@@ -76,7 +89,8 @@ def prepare_corpus(
     except HubUnreachable as error:
         warn(f"WARNING: no TinyStories. {error}")
         warn("Going on with the BUILT-IN stories; --data.source takes a text file or folder.")
-    corpus = prepare_source(replace(config, source="builtin"), vocab_size, warn)
+    builtin = replace(config, source="builtin", config="", split="", valid_split="")
+    corpus = prepare_source(builtin, vocab_size, warn)
     return replace(corpus, is_fallback=True)
 
 
@@ -88,7 +102,7 @@ def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], No
         CACHE_FORMAT,
         source.identity,
         tokenizer_identity(tokenizer_name, vocab_size),
-        config.num_stories,
+        source.limit,
         config.valid_fraction,
         config.eos_token,
     ]
@@ -123,7 +137,7 @@ def tokenize_source(
     splits = source.get_splits()
 
     def read_chunks() -> Iterator[tuple[bool, TextChunk]]:
-        return mark_validation(splits, config.num_stories, config.valid_fraction)
+        return mark_validation(splits, source.limit, config.valid_fraction)
 
     def read_train_text() -> Iterator[str]:
         return (chunk.text for is_valid, chunk in read_chunks() if not is_valid)
@@ -136,7 +150,7 @@ def tokenize_source(
     (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     train, valid = folder / TRAIN_FILE, folder / VALID_FILE
-    write_tokens(read_chunks(), tokenizer, special_tokens.eos_id, dtype, train, valid)
+    documents = write_tokens(read_chunks(), tokenizer, special_tokens.eos_id, dtype, train, valid)
     require(train.stat().st_size > 0, f"data.source = {config.source}: there is no text in it")
     hashes = hash_file(train) + hash_file(valid)
     meta = {
@@ -144,6 +158,9 @@ def tokenize_source(
         "vocab_size": size,
         "dtype": dtype.name,
         "fingerprint": hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16],
+        "train_documents": documents[0],
+        "valid_documents": documents[1],
+        "record": asdict(splits.record),
     }
     (folder / META_FILE).write_text(json.dumps(meta))
 
@@ -151,7 +168,8 @@ def tokenize_source(
 def open_corpus(folder: Path, name: str) -> Corpus:
     """Returns the corpus that `tokenize_source` wrote, without reading its tokens."""
     meta = json.loads((folder / META_FILE).read_text())
-    dtype, special = meta.pop("dtype"), meta.pop("special_tokens")
+    dtype, record = meta.pop("dtype"), TextRecord(**meta.pop("record"))
+    special = meta.pop("special_tokens")
     special["stop_ids"] = tuple(special["stop_ids"])
     return Corpus(
         train=map_tokens(folder / TRAIN_FILE, dtype),
@@ -160,6 +178,7 @@ def open_corpus(folder: Path, name: str) -> Corpus:
         special_tokens=SpecialTokens(**special),
         name=name,
         is_fallback=False,
+        record=record,
         **meta,
     )
 
@@ -186,13 +205,77 @@ def get_batch(tokens: np.ndarray, seq_len: int, size: int, seed: int, index: int
     but the first.
     """
     generator = np.random.default_rng((seed % 2**64, index))
-    offsets = generator.integers(len(tokens) - seq_len, size=size)
-    return torch.from_numpy(tokens[offsets[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+    return cut_windows(tokens, generator.integers(len(tokens) - seq_len, size=size), seq_len)
 
 
-def first_windows(tokens: np.ndarray, seq_len: int, limit_tokens: int) -> Tensor:
-    """Returns the windows (N, seq_len + 1), int64, at the start of a text: as many as lie side by
-    side within `limit_tokens`, at least one."""
-    count = max(1, min(limit_tokens, len(tokens)) // (seq_len + 1))
-    flat = tokens[: count * (seq_len + 1)].astype(np.int64)
-    return torch.from_numpy(flat).view(count, seq_len + 1)
+def cut_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Tensor:
+    """Returns the windows (N, seq_len + 1), int64, that begin at `starts`."""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
+
+
+def spread_starts(length: int, seq_len: int, count: int) -> np.ndarray:
+    """Returns where windows of seq_len + 1 tokens begin that are spread evenly over a text of
+    `length` tokens, so that each document has its share of them.
+
+    Each lies in the middle of one of `count` equal stretches; there are fewer where so many do not
+    fit, but at least one. No token is predicted in two windows.
+    """
+    last = length - 1
+    count = max(1, min(count, last // seq_len))
+    twice_the_middles = (2 * np.arange(count) + 1) * last // count
+    return (twice_the_middles - seq_len) // 2
+
+
+def spread_windows(tokens: np.ndarray, seq_len: int, count: int) -> Tensor:
+    """Returns the windows (N, seq_len + 1), int64, at `spread_starts`."""
+    return cut_windows(tokens, spread_starts(len(tokens), seq_len, count), seq_len)
+
+
+def count_documents(tokens: np.ndarray, eos_id: int, starts: np.ndarray, seq_len: int) -> int:
+    """Returns how many documents the tokens are from that the windows at `starts` predict."""
+    ends = np.flatnonzero(tokens == eos_id)
+    predicted = starts[:, None] + np.arange(1, seq_len + 1)
+    return np.unique(np.searchsorted(ends, predicted)).size
+
+
+class ValidWindows(NamedTuple):
+    """The windows (N, T + 1) of the validation text that a run evaluates, spread evenly over it."""
+
+    regular: Tensor
+    """Those of every evaluation."""
+    further: Tensor
+    """Those that the evaluation at the end of a phase takes as well, from between the others."""
+    documents: int
+    """How many documents the tokens of `regular` are from."""
+    final_documents: int
+    """How many documents the tokens of both are from."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that every evaluation predicts."""
+        return self.regular[:, 1:].numel()
+
+    @property
+    def final_tokens(self) -> int:
+        """Tokens that the evaluation at the end of a phase predicts."""
+        return self.tokens + self.further[:, 1:].numel()
+
+
+def valid_windows(
+    corpus: Corpus, seq_len: int, eval_tokens: int, final_eval_tokens: int
+) -> ValidWindows:
+    """Returns the windows of about `eval_tokens` tokens for every evaluation, and those that make
+    them `final_eval_tokens` at the end of a phase, as far as the validation text has so many."""
+    tokens, count = corpus.valid, max(1, eval_tokens // seq_len)
+    starts = spread_starts(len(tokens), seq_len, max(count, final_eval_tokens // seq_len))
+    count = min(count, len(starts))
+    is_regular = np.zeros(len(starts), bool)
+    is_regular[(2 * np.arange(count) + 1) * len(starts) // (2 * count)] = True
+    return ValidWindows(
+        regular=cut_windows(tokens, starts[is_regular], seq_len),
+        further=cut_windows(tokens, starts[~is_regular], seq_len),
+        documents=count_documents(
+            tokens, corpus.special_tokens.eos_id, starts[is_regular], seq_len
+        ),
+        final_documents=count_documents(tokens, corpus.special_tokens.eos_id, starts, seq_len),
+    )

@@ -1,5 +1,7 @@
 """Stories from files, in chunks, and which of them are the validation text."""
 
+from itertools import islice
+
 import pytest
 
 from config import DataConfig, InputError
@@ -8,10 +10,12 @@ from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import (
     SEPARATOR,
     TextChunk,
+    TextRecord,
     TextSplits,
     chunk_stories,
     find_source,
     mark_validation,
+    spool,
 )
 from utils.text.tokenizer import learn_tokenizer
 
@@ -41,23 +45,42 @@ def test_stories_lose_the_white_space_around_them_and_blank_ones_are_left_out(si
 @pytest.mark.parametrize("count", [1, 19, 40, 300])
 def test_every_story_is_either_trained_on_or_validated_on(count, fraction):
     texts = [f"story {i} of {count}" for i in range(count)]
-    splits = TextSplits(lambda: map(TextChunk, texts))
+    splits = TextSplits(lambda: map(TextChunk, texts), None, TextRecord())
     marked = list(mark_validation(splits, 0, fraction))
     parts = {is_valid: [c.text for v, c in marked if v == is_valid] for is_valid in (True, False)}
     letters = "".join(chunk.text for _, chunk in marked).replace(" ", "")
     assert letters == "".join(texts).replace(" ", "")
     assert parts[False]
-    if count >= max(sources.MIN_STORIES, 1 / fraction):
-        assert len(parts[True]) == count // max(2, round(1 / fraction))
+    if count > 1:
+        assert parts[True] and set(parts[True]).isdisjoint(parts[False])
+        assert set(parts[True] + parts[False]) == set(texts), "each story is whole"
+        share = sum(map(len, parts[True])) / sum(map(len, texts))
+        assert abs(share - fraction) < max(0.02, 1 / count)
 
 
 def test_a_folder_of_validation_text_only_is_refused(tmp_path):
-    (tmp_path / "valid.txt").write_text("text")
-    with pytest.raises(InputError, match=r"all its files are validation text"):
+    for name in ("valid.txt", "test.txt"):
+        (tmp_path / name).write_text("text")
+    with pytest.raises(InputError, match=r"all its files are .*\(test\.txt, valid\.txt\)"):
         find_source(DataConfig(str(tmp_path)))
+    source = find_source(DataConfig(str(tmp_path / "valid.txt")))
+    assert list(source.get_splits().train()) == [TextChunk("text")], (
+        "named itself, it is trained on"
+    )
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
-    (tmp_path / "notes.md").write_text("text")
+    (tmp_path / "notes.pdf").write_text("text")
     with pytest.raises(InputError, match=r"the folder holds no \.txt"):
         find_source(DataConfig(str(tmp_path)))
+    (tmp_path / "titles.json").write_text('{"titles": ["a", "b"]}')
+    with pytest.raises(InputError, match=r"titles\.json has no field of text"):
+        find_source(DataConfig(str(tmp_path))).get_splits()
+
+
+def test_a_spool_takes_each_text_once_however_often_and_far_it_is_read():
+    texts = [f"line {i}\n\u2028é" for i in range(9)]
+    taken = []
+    reread = spool(text for text in texts if not taken.append(text))
+    assert list(islice(reread(), 4)) == texts[:4]
+    assert list(reread()) == list(reread()) == texts == taken

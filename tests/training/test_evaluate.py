@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from tests.helpers.small_models import reference_loss
 from tests.helpers.small_runs import MODEL, TRAINING
 from train import main
 from utils.checkpoint.model import load_checkpoint
+from utils.data import spread_windows
 from utils.metrics.diagnostics import UNDERUSED_SHARE
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.text.builtin.stories import builtin_stories
@@ -26,13 +28,12 @@ SCHEDULE = {
 }
 
 
-def make_windows(text, tokenizer, eos_id, seq_len):
-    """All windows (N, seq_len + 1) that lie side by side in a text, its stories' ends included."""
+def make_windows(text, tokenizer, eos_id, seq_len, count=10**6):
+    """Windows (N, seq_len + 1) that predict nearly all of a text, its stories' ends included."""
     ids = []
     for story in text.split(SEPARATOR):
         ids += [*tokenizer.encode(story).ids, eos_id]
-    count = len(ids) // (seq_len + 1)
-    return torch.tensor(ids[: count * (seq_len + 1)]).view(count, seq_len + 1)
+    return spread_windows(np.array(ids), seq_len, count)
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
     (folder / "train.txt").write_text(train_text)
     (folder / "valid.txt").write_text(valid_text)
     data = replace(base_run.data, source=str(folder), tokenizer="learned", num_stories=0)
-    training = replace(TRAINING, eval_tokens=10**6, probe_sequences=3)
+    training = replace(TRAINING, eval_tokens=600, final_eval_tokens=10**6, probe_sequences=3)
     run = replace(base_run, data=data, training=training, phases=SCHEDULE, precision="fp32")
     run = replace(run, out=tmp_path / "run")
     main(run)
@@ -63,15 +64,26 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
     windows, train_windows = (
         make_windows(text, tokenizer, eos_id, MODEL.seq_len) for text in (valid_text, train_text)
     )
+    probe = make_windows(valid_text, tokenizer, eos_id, MODEL.seq_len, 3)
+    chosen = torch.tensor([(2 * k + 1) * len(windows) // (2 * 18) for k in range(18)])
+    regular = windows[chosen]  # 600 tokens, in whole windows of 32
     for number, checkpoint in enumerate(checkpoints, 1):
-        assert_close(checkpoint.probe, windows[:3])
+        assert_close(checkpoint.probe, probe)
         last = [e for e in select_events(events, "eval") if e["phase"] == number][-1]
-        assert last["valid_loss"] == pytest.approx(mean_loss(checkpoint, windows), rel=1e-5)
+        assert last["valid_loss"] == pytest.approx(mean_loss(checkpoint, regular), rel=1e-5)
+        assert last["final_valid_loss"] == pytest.approx(mean_loss(checkpoint, windows), rel=1e-5)
         assert last["valid_loss"] > 1 + mean_loss(checkpoint, train_windows)
     for grow, before in zip(select_events(events, "grow"), checkpoints[:-1], strict=True):
-        assert grow["loss_before"] == pytest.approx(mean_loss(before, windows[:3]), rel=1e-5)
-        assert grow["valid_loss_fp32"] == pytest.approx(mean_loss(before, windows), rel=1e-5)
+        assert grow["loss_before"] == pytest.approx(mean_loss(before, probe), rel=1e-5)
+        assert grow["valid_loss_fp32"] == pytest.approx(mean_loss(before, regular), rel=1e-5)
         assert grow["probe_tokens"] == 3 * MODEL.seq_len
+    header = events[0]
+    assert (header["eval_tokens"], header["final_eval_tokens"]) == (
+        regular[:, 1:].numel(),
+        windows[:, 1:].numel(),
+    )
+    assert header["final_eval_documents"] == header["valid_documents"] == 25
+    assert header["train_sources"] == ["train.txt"] and header["valid_sources"] == ["valid.txt"]
 
 
 def test_the_loss_in_float32_goes_on_from_where_it_was_before_the_growth(finished):

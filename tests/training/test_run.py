@@ -27,7 +27,9 @@ from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, select_
 
 SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
 FIELDS = {
-    "run": "config seed corpus fallback fingerprint init_fingerprint train_tokens valid_tokens "
+    "run": "config seed corpus fallback fingerprint init_fingerprint train_sources valid_sources "
+    "left_out null_rows is_cut train_documents valid_documents train_tokens valid_tokens "
+    "eval_tokens eval_documents final_eval_tokens final_eval_documents "
     "device dtype phases params active_params flops_per_token python torch commit",
     "step": "step tokens lr lr_min lr_max loss load_balance_loss z_loss grad_norm tokens_per_s",
     "eval": "step tokens valid_loss",

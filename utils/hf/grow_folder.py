@@ -16,8 +16,6 @@ from utils.hf.model_folder import (
     write_model,
 )
 from utils.hf.parity import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
     check_grown_folder,
     require_transformers,
     some_stories,
@@ -37,8 +35,6 @@ TOKENIZER_FILES = (
 KEPT_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
 """Keys of a config.json that the grown model's has as well. All others follow from its shape, or
 may be wrong for it, like `layer_types` of fewer layers or `auto_map` to code for another class."""
-MAX_CHARS_PER_TOKEN = 16
-"""Characters to read for each token that the probe needs."""
 
 
 def grow_folder(
@@ -72,7 +68,8 @@ def grow_folder(
             None takes 0.1.
         placement: Put the new layers between the old ones (interleaved, and None), after the last
             (end), or in the middle.
-        text: Compare the models on the beginning of this file instead of on the built-in stories.
+        text: Compare the models on windows spread over this file instead of over the built-in
+            stories.
         seed: Seed of routers, noise and new layers.
         overwrite: Replace a model that is there.
 
@@ -95,9 +92,9 @@ def grow_folder(
 
     with new_model_folder(folder, overwrite, config.num_params * dtype.itemsize) as part:
         tokenizer, _ = read_tokenizer(pretrained.name)
-        beginning = some_stories() if text is None else read_beginning(text)
+        content = some_stories() if text is None else read_text(text)
         source = "the built-in text" if text is None else f"text = {text}"
-        probe = text_probe(tokenizer, pretrained.config, beginning, source)
+        probe = text_probe(tokenizer, pretrained.config, content, source)
         state = pretrained.load_state()
         for i, growth in enumerate(growths):
             try:
@@ -148,12 +145,10 @@ def asked_growths(
     return growths
 
 
-def read_beginning(path: Path) -> str:
-    """Returns the beginning of a text file, as much as the probe needs. Raises InputError where it
-    cannot be read."""
+def read_text(path: Path) -> str:
+    """Returns the content of a text file. Raises InputError where it cannot be read."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(MAX_CHARS_PER_TOKEN * PROBE_WINDOWS * PROBE_TOKENS)
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"text = {path}: cannot be read ({error})") from error
 

@@ -14,7 +14,7 @@ from transfer import FunctionDrift
 from transfer.checks import FLOOR_FACTOR, compare_outputs, max_difference, run_twice
 from transfer.probe import ProbeOutput, exact_matmul
 from utils.checkpoint.model import Checkpoint
-from utils.data import first_windows
+from utils.data import spread_starts, spread_windows
 from utils.runtime.errors import RunStopped
 from utils.runtime.hub import first_line
 from utils.text.builtin.stories import builtin_stories
@@ -22,6 +22,8 @@ from utils.text.tokenizer import TOKENIZER_JSON
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 """Number of windows that an exported or grown model is compared on, and tokens in each."""
+MAX_CHARS_PER_TOKEN = 16
+"""Characters that hold a token of the probe, and more."""
 PROBE_STORIES = 40
 """Number of built-in stories that hold enough text for the probe of any tokenizer."""
 CONTINUATION_TOKENS = 12
@@ -103,12 +105,19 @@ def some_stories() -> str:
 
 
 def text_probe(tokenizer: Tokenizer, config: ModelConfig, text: str, source: str) -> Tensor:
-    """Returns windows (B, T + 1) of the beginning of a text. Raises InputError, naming its
+    """Returns windows (B, T + 1) that are spread evenly over a text. Raises InputError, naming its
     `source`, if it is shorter than a window."""
     length = min(PROBE_TOKENS, config.seq_len)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    require(len(ids) > length, f"{source} has {len(ids)} tokens, not the {length + 1} needed")
-    return first_windows(np.array(ids), length, PROBE_WINDOWS * (length + 1))
+    size = MAX_CHARS_PER_TOKEN * (length + 1)
+    is_long = len(text) > PROBE_WINDOWS * size  # a long text is not encoded whole
+    starts = spread_starts(len(text), size, PROBE_WINDOWS).tolist() if is_long else []
+    pieces = [text[start : start + size] for start in starts] or [text]
+    windows = []
+    for piece in pieces:
+        ids = tokenizer.encode(piece, add_special_tokens=False).ids
+        require(len(ids) > length, f"{source} has {len(ids)} tokens, not the {length + 1} needed")
+        windows.append(spread_windows(np.array(ids), length, PROBE_WINDOWS // len(pieces)))
+    return torch.cat(windows)
 
 
 def check_logits(

@@ -8,7 +8,7 @@ from config import Growth, Run
 from models.ops import fused_kernels_available
 from transfer import FunctionDrift
 from transfer.checks import resolve_tolerance
-from utils.data import Corpus
+from utils.data import Corpus, ValidWindows
 from utils.metrics.diagnostics import UNDERUSED_SHARE
 from utils.metrics.history import settling_losses
 from utils.optim.adamw import lr_scale_range
@@ -21,6 +21,7 @@ from utils.runtime.formatting import (
     format_number,
     format_params,
     format_table,
+    list_some,
 )
 from utils.schedule.memory import phase_memory_gb
 from utils.schedule.phases import ResolvedPhase
@@ -30,9 +31,15 @@ NOTABLE_RISE = 0.02
 """Nats above the loss before a growth that are worth a word."""
 
 
-def run_header(run: Run, phases: list[ResolvedPhase], corpus: Corpus, device: torch.device) -> str:
-    """Returns what will run: the text, the device, and a line per phase with its model, its length
-    and the memory it is expected to need."""
+def run_header(
+    run: Run,
+    phases: list[ResolvedPhase],
+    corpus: Corpus,
+    valid_windows: ValidWindows,
+    device: torch.device,
+) -> str:
+    """Returns what will run: the text and what is evaluated of it, the device, and a line per phase
+    with its model, its length and the memory it is expected to need."""
     train, valid = format_number(len(corpus.train)), format_number(len(corpus.valid))
     name = "BUILT-IN STORIES (no hub)" if corpus.is_fallback else corpus.name
     start = [f"start   {run.init_from}, with its own tokenizer"] if run.init_from else []
@@ -40,6 +47,8 @@ def run_header(run: Run, phases: list[ResolvedPhase], corpus: Corpus, device: to
         *start,
         f"data    {name}, {train} training and {valid} validation tokens, "
         f"vocabulary {corpus.vocab_size:,}",
+        *(f"        {line}" for line in text_lines(corpus)),
+        f"eval    {evaluation_line(valid_windows, corpus)}",
         f"device  {device_name(device)}, {step_description(run, phases, device)}",
         f"output  {run.out}, seed {run.seed}",
         "",
@@ -49,6 +58,37 @@ def run_header(run: Run, phases: list[ResolvedPhase], corpus: Corpus, device: to
     ]
     rows += [phase_row(phase, run, device) for phase in phases]
     return "\n".join([*lines, *format_table(rows), ""])
+
+
+def text_lines(corpus: Corpus) -> list[str]:
+    """Returns what the text is made of, and what of it is missing, as lines."""
+    record, valid = corpus.record, corpus.valid_documents
+    share = len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
+    if record.valid:
+        held_out = list_some(record.valid)
+    elif record.splits_document:
+        held_out = f"the end of it, {share:.1%} of the tokens"
+    else:
+        documents = corpus.train_documents + valid
+        held_out = f"{valid:,} of its {documents:,} documents, {share:.1%} of the tokens"
+    lines = [f"training text: {list_some(record.train)}; validation text: {held_out}"]
+    if record.left_out:
+        lines.append(f"left out, {len(record.left_out):,}: {list_some(record.left_out)}")
+    if rows := sum(record.null_rows.values()):
+        lines.append(f"left out, {rows:,} rows without a text")
+    if record.is_cut:
+        stories = corpus.train_documents + (0 if record.valid else valid)
+        lines.append(f"cut after {stories:,} stories (data.num_stories): there are more")
+    return lines
+
+
+def evaluation_line(windows: ValidWindows, corpus: Corpus) -> str:
+    """Returns how much of the validation text is evaluated."""
+    return (
+        f"{windows.tokens:,} tokens of {windows.documents:,} documents each time, "
+        f"{windows.final_tokens:,} of {windows.final_documents:,} at the end of a phase "
+        f"(the validation text has {corpus.valid_documents:,})"
+    )
 
 
 def step_description(run: Run, phases: list[ResolvedPhase], device: torch.device) -> str:
@@ -158,7 +198,7 @@ def trained_row(event: dict) -> tuple[str, ...]:
         format_params(event["params"], event["active_params"]),
         format_number(event["phase_tokens"]),
         f"{event['loss']:.3f}" if "loss" in event else "-",
-        f"{event['valid_loss']:.3f}",
+        f"{event['final_valid_loss']:.3f}",
         f"{event['phase_s']:.0f}",
         f"{memory:.1f} GB" if memory is not None else "-",
     )

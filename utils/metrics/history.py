@@ -139,13 +139,14 @@ def run_record(events: list[dict]) -> dict:
 
 
 def last_metrics(events: list[dict], phase: int) -> dict[str, float]:
-    """Returns the last training metrics of a phase and its last validation loss, by name."""
+    """Returns the last training metrics of a phase and its last validation losses, by name."""
     own = phase_events(events, phase)
     metrics: dict[str, float] = {}
     for event in select_events(own, "step")[-1:]:
         metrics |= {k: v for k, v in event.items() if k not in POSITION_FIELDS | LR_FIELDS}
     for event in select_events(own, "eval")[-1:]:
-        metrics["valid_loss"] = event["valid_loss"]
+        names = "valid_loss", "final_valid_loss"
+        metrics |= {name: event[name] for name in names if name in event}
     return metrics
 
 

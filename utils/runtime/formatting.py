@@ -1,5 +1,7 @@
 """Numbers, times, models and tables as people read them."""
 
+from collections.abc import Iterable
+
 from config import ModelConfig
 
 TableRows = list[tuple[str, ...]]
@@ -11,6 +13,13 @@ def format_number(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def list_some(names: Iterable[object], count: int = 4) -> str:
+    """Returns the first few of some names as one phrase, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return ", ".join(texts[:count]) + more
 
 
 def format_duration(seconds: float) -> str:

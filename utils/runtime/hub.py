@@ -7,10 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from config import InputError
+from utils.runtime.records import PEEKED_ROWS, choose_text_field, find_text_field, read_texts
 from utils.runtime.stall_monitor import call_with_timeout
 
 TINYSTORIES = "roneneldan/TinyStories"
@@ -36,9 +37,17 @@ class NotOnHub(InputError):
     """The hub says that there is no such thing."""
 
 
-def dataset_splits(name: str, text_field: str) -> dict[str, Callable[[], Iterator[str]]]:
-    """Returns a dataset's splits by name, each as a function that reads its texts, those in the
-    column `text_field`, from the beginning.
+def dataset_splits(
+    name: str, text_field: str, config: str, null_rows: dict[str, int]
+) -> dict[str, Callable[[], Iterator[str]]]:
+    """Returns a dataset's splits by name, each as a function that reads its texts from the
+    beginning.
+
+    Args:
+        name: The dataset.
+        text_field: The column of the text; empty takes the one that `choose_text_field` does.
+        config: Which of the dataset's configurations; empty takes the default one.
+        null_rows: Counts the rows without a text by split. They are left out.
 
     Raises:
         InputError: for a dataset that cannot be read or has no such column.
@@ -58,43 +67,42 @@ def dataset_splits(name: str, text_field: str) -> dict[str, Callable[[], Iterato
         remove_damaged_cards(name)
         revision = HUB_REVISIONS.get(name)
         splits = call_with_timeout(
-            lambda: datasets.load_dataset(name, revision=revision, streaming=True)
+            lambda: datasets.load_dataset(name, config or None, revision=revision, streaming=True)
         )
-    columns = next(iter(splits.values())).column_names  # of all splits; None if not known
+    features = next(iter(splits.values())).features  # of all splits; None if not known
     # Before a row is read: Arrow's threads then hold the file, and may abort the process's end.
-    if columns and text_field not in columns:
-        raise missing_column_error(name, text_field, columns)
+    if features:
+        is_text = ("string", "large_string")
+        texts = [f for f, value in features.items() if getattr(value, "dtype", "") in is_text]
+        text_field = choose_text_field(text_field, features, texts, f"dataset {name}")
     num_read: Counter[str] = Counter()
+
+    def read_split(split: str, rows: Iterable[dict]) -> Iterator[str]:
+        unread = fetch_rows(name, rows, num_read)
+        peeked = [] if features else list(islice(unread, PEEKED_ROWS))
+        field = text_field if features else find_text_field(text_field, peeked, f"dataset {name}")
+        return read_texts(chain(peeked, unread), field, split, null_rows)
+
     return {
-        str(split): lambda rows=rows: read_column(name, rows, text_field, num_read)
+        str(split): lambda split=split, rows=rows: read_split(str(split), rows)
         for split, rows in splits.items()
     }
 
 
-def read_column(
-    name: str, rows: Iterable[dict], text_field: str, num_read: Counter[str]
-) -> Iterator[str]:
-    """Yields the texts of a split. `num_read` counts those of all splits: once some have come, a
-    hub that fails is no longer HubUnreachable, for which others would be taken."""
+def fetch_rows(name: str, rows: Iterable[dict], num_read: Counter[str]) -> Iterator[dict]:
+    """Yields the rows of a split. `num_read` counts those of all splits: once some have come, a hub
+    that fails is no longer HubUnreachable, for which others would be taken."""
     unread = iter(rows)
     try:
         with explain_hub_errors(f"data.source: dataset {name}"):
             while fetched := call_with_timeout(lambda: list(islice(unread, ROWS_PER_FETCH))):
                 for row in fetched:
-                    if not isinstance(row.get(text_field), str):
-                        raise missing_column_error(name, text_field, row)
                     num_read[name] += 1
-                    yield row[text_field]
+                    yield row
     except HubUnreachable as error:
         if not num_read[name]:
             raise
         raise InputError(f"{error}; {num_read[name]:,} texts had come: run again") from error
-
-
-def missing_column_error(name: str, text_field: str, columns: Iterable[str]) -> InputError:
-    """Returns the error that names the columns of a dataset without the text field."""
-    have = ", ".join(columns)
-    return InputError(f"data.text_field = {text_field}: {name} has no such text ({have})")
 
 
 def fetch_hub_file(

@@ -40,9 +40,10 @@ def write_tokens(
     dtype: np.dtype,
     train: Path,
     valid: Path,
-) -> None:
+) -> tuple[int, int]:
     """Writes the ids of every story, those that the tokenizer puts in front of a text before each
-    and `eos_id` after it, in the order in which they come.
+    and `eos_id` after it, in the order in which they come. Returns how many stories of training
+    text and of validation text there were.
 
     Args:
         chunks: Chunks of the stories, and whether they are validation text.
@@ -54,7 +55,7 @@ def write_tokens(
     """
     encode = make_encoder(tokenizer, dtype)
     start, end = (np.array(ids, dtype).tobytes() for ids in (start_ids(tokenizer), [eos_id]))
-    begins_story = True
+    begins_story, counts = True, [0, 0]
     with train.open("wb") as train_file, valid.open("wb") as valid_file:
         for batch in batch_chunks(show_progress(chunks)):
             encoded = encode([chunk.text for _, chunk in batch])
@@ -62,6 +63,8 @@ def write_tokens(
                 file = valid_file if is_valid else train_file
                 file.write(start * begins_story + ids + end * chunk.ends_story)
                 begins_story = chunk.ends_story
+                counts[is_valid] += chunk.ends_story
+    return counts[False], counts[True]
 
 
 def show_progress(chunks: Iterable[tuple[bool, TextChunk]]) -> Iterator[tuple[bool, TextChunk]]:

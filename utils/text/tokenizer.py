@@ -71,9 +71,15 @@ def read_checkpoint_tokenizer(name: str) -> tuple[Tokenizer, SpecialTokens]:
 
 
 def is_local_path(name: str) -> bool:
-    """Whether `name` is a folder that exists, or could not be a name on the hub."""
+    """Whether `name` is a folder or a .json file that exists, or could not be a name on the hub."""
     path = Path(name).expanduser()
-    return path.is_dir() or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+    is_there = path.is_dir() or is_json_file(path)
+    return is_there or path.is_absolute() or name.startswith(".") or name.count("/") > 1
+
+
+def is_json_file(path: Path) -> bool:
+    """Whether `path` is a file that may be a tokenizer.json."""
+    return path.suffix == ".json" and path.is_file()
 
 
 def load_tokenizer(
@@ -137,9 +143,13 @@ def find_vocabulary(name: str) -> Path:
 
 
 def find_tokenizer_file(name: str, file_name: str) -> Path:
-    """Returns where a file of a tokenizer lies; in a folder it need not be there."""
+    """Returns where a file of a tokenizer lies; in a folder it need not be there. A tokenizer.json
+    that is named itself may have any name, and the other files lie beside it."""
+    path = Path(name).expanduser()
+    if is_json_file(path):
+        return path if file_name == TOKENIZER_JSON else path.with_name(file_name)
     if is_local_path(name):
-        return Path(name).expanduser() / file_name
+        return path / file_name
     return hub.fetch_hub_file(name, file_name)
 
 

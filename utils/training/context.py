@@ -26,7 +26,14 @@ from utils.checkpoint.run_dir import (
     lock_run_dir,
     software_versions,
 )
-from utils.data import Corpus, check_corpus_length, first_windows, prepare_corpus
+from utils.data import (
+    Corpus,
+    ValidWindows,
+    check_corpus_length,
+    prepare_corpus,
+    spread_windows,
+    valid_windows,
+)
 from utils.metrics.console import run_header, run_summary
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history
 from utils.metrics.tracker import start_tracker
@@ -60,6 +67,7 @@ class RunSetup(NamedTuple):
     """The run, with its vocabulary known."""
     phases: list[ResolvedPhase]
     corpus: Corpus
+    valid: ValidWindows
     device: torch.device
     init_source: InitSource
 
@@ -86,8 +94,8 @@ class RunContext:
     """The dtype of the training step's matrix products."""
     probe: Tensor
     """The frozen windows (B, T + 1) that judge each growth."""
-    valid: Tensor
-    """Validation windows (N, T + 1)."""
+    valid: ValidWindows
+    """The windows that are evaluated, on `device`."""
     history: History
     checkpointer: ResumeCheckpointer | None
     """Keeps points to resume from; None keeps none."""
@@ -107,15 +115,18 @@ class RunContext:
     ) -> "RunContext":
         """Returns the context of a run whose folder is held and whose history is open."""
         run, device = setup.run, setup.device
-        length, training, valid = run.model.seq_len, run.training, setup.corpus.valid
+        probe = spread_windows(setup.corpus.valid, run.model.seq_len, run.training.probe_sequences)
+        valid = setup.valid
         return cls(
             run=run,
             phases=setup.phases,
             corpus=setup.corpus,
             device=device,
             dtype=training_dtype(run.precision, device),
-            probe=first_windows(valid, length, training.probe_sequences * (length + 1)).to(device),
-            valid=first_windows(valid, length, training.eval_tokens).to(device),
+            probe=probe.to(device),
+            valid=valid._replace(
+                regular=valid.regular.to(device), further=valid.further.to(device)
+            ),
             history=history,
             checkpointer=checkpointer,
             live_plot=LivePlot(run.out),
@@ -159,7 +170,7 @@ class RunContext:
 
     def record_start(self) -> None:
         """Writes the history's first line: all that it takes to run this again."""
-        run, corpus, phases = self.run, self.corpus, self.phases
+        run, corpus, valid, phases = self.run, self.corpus, self.valid, self.phases
         self.history(
             "run",
             config=asdict(run),
@@ -168,8 +179,19 @@ class RunContext:
             fallback=corpus.is_fallback,
             fingerprint=corpus.fingerprint,
             init_fingerprint=self.init_source.fingerprint or None,
+            train_sources=corpus.record.train,
+            valid_sources=corpus.record.valid,
+            left_out=corpus.record.left_out,
+            null_rows=sum(corpus.record.null_rows.values()),
+            is_cut=corpus.record.is_cut,
+            train_documents=corpus.train_documents,
+            valid_documents=corpus.valid_documents,
             train_tokens=len(corpus.train),
             valid_tokens=len(corpus.valid),
+            eval_tokens=valid.tokens,
+            eval_documents=valid.documents,
+            final_eval_tokens=valid.final_tokens,
+            final_eval_documents=valid.final_documents,
             device=device_name(self.device),
             dtype=dtype_name(self.dtype),
             phases=[phase.name for phase in phases],
@@ -209,7 +231,12 @@ def prepare_run(init_source: InitSource) -> RunSetup:
     vocab_size = run.model.vocab_size or corpus.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     phases = resolve_phases(run, init_source.growth_history)
-    return RunSetup(run, phases, corpus, choose_device(run.device), init_source)
+    training = run.training
+    valid = valid_windows(
+        corpus, run.model.seq_len, training.eval_tokens, training.final_eval_tokens
+    )
+    device = choose_device(run.device)
+    return RunSetup(run, phases, corpus, valid, device, init_source)
 
 
 def announce_run(setup: RunSetup) -> None:
@@ -218,7 +245,7 @@ def announce_run(setup: RunSetup) -> None:
     Raises:
         InputError: if it is expected to need more memory or disk than there is.
     """
-    print(run_header(setup.run, setup.phases, setup.corpus, setup.device))
+    print(run_header(setup.run, setup.phases, setup.corpus, setup.valid, setup.device))
     check_memory(setup.phases, setup.run, setup.device)
     check_disk(setup.run.out, setup.phases)
 

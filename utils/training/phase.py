@@ -34,7 +34,7 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
     with explain_out_of_memory(phase, training.micro_batch_size):
         if training.optimizer_state_on_growth != "carry":
             state.adam.clear()  # in place, so that nobody holds on to it
-        before = evaluate_fp32(state.model(), context.valid, context.eval_batch_size)
+        before = evaluate_fp32(state.model(), context.valid.regular, context.eval_batch_size)
         old_params = state.config.num_params
         started, error = context.history.now(), None
         try:

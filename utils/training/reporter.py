@@ -86,16 +86,18 @@ class PhaseReporter:
     def evaluate(self, optimizer: Optimizer) -> None:
         """Writes an `eval` line, and says on the terminal how the phase goes."""
         context, phase = self.context, self.phase
-        batch_size = context.eval_batch_size
-        loss, values = evaluate(optimizer.model, context.valid, context.dtype, batch_size)
-        check_finite({"valid_loss": loss}, self.where)
-        self.last["valid_loss"] = loss
+        valid, batch_size = context.valid, context.eval_batch_size
+        loss, values = evaluate(optimizer.model, valid.regular, context.dtype, batch_size)
+        if self.step == phase.steps:
+            values["final_valid_loss"] = self.evaluate_further(optimizer, loss)
+        self.last["valid_loss"] = values.get("final_valid_loss", loss)
+        check_finite({"valid_loss": self.last["valid_loss"]}, self.where)
         weights = optimizer.weights()
         if self.is_settling and context.dtype == torch.float32:
             values["valid_loss_fp32"] = loss
         elif self.is_settling:
             model = layerwise_model(phase.config, weights)
-            values["valid_loss_fp32"] = evaluate_fp32(model, context.valid, batch_size)
+            values["valid_loss_fp32"] = evaluate_fp32(model, valid.regular, batch_size)
         event = {"event": "eval", "phase": phase.number, "valid_loss": loss}
         self.events.append(event | values)
         if above := loss_above_growth(self.events, phase.number):
@@ -105,6 +107,17 @@ class PhaseReporter:
         tqdm.write(progress_line(phase, self.step, self.last, values.get("above_growth")))
         if underused := underused_experts(values.get("expert_load", [])):
             tqdm.write(underused_line(underused))
+
+    def evaluate_further(self, optimizer: Optimizer, loss: float) -> float:
+        """Returns the validation loss on all windows of a phase's end, given that on the regular
+        ones."""
+        context, valid = self.context, self.context.valid
+        if not len(valid.further):
+            return loss
+        batch_size = context.eval_batch_size
+        further, _ = evaluate(optimizer.model, valid.further, context.dtype, batch_size)
+        weight = valid.tokens / valid.final_tokens
+        return weight * loss + (1 - weight) * further
 
     def record(self, event: str, **values: object) -> None:
         """Writes a line about this step into the history."""
