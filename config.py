@@ -53,7 +53,7 @@ def tiny() -> Run:
         final_eval_tokens=32_768,
         sample_tokens=60,
     )
-    data = DataConfig(source="builtin", num_stories=8_000)
+    data = DataConfig(source="builtin", builtin_stories=8_000)
     return replace(full(), model=model, training=training, data=data)
 
 
@@ -592,7 +592,9 @@ class DataConfig:
     name; a tokenizer whose files name none needs this."""
     num_stories: NonNegativeInt | None = None
     """Largest number of stories to read. 0 reads all. None reads all of a file or folder, and
-    50,000 from the hub or of the built-in stories."""
+    50,000 from the hub."""
+    builtin_stories: PositiveInt = 50_000
+    """How many built-in stories to make, unless num_stories says how many."""
     text_field: str = ""
     """Field that holds the text in JSON, parquet or a dataset from the hub. Empty takes `text`, or
     the only field of text."""

@@ -108,17 +108,18 @@ def test_a_path_gives_the_stories_of_its_files(prepare, tmp_path):
     part = prepare(folder, num_stories=30, valid_fraction=0.1)
     assert (stories_of(part, "train"), stories_of(part, "valid")) == (text[:30], text[40:43])
     assert part.record.is_cut
-    assert not prepare(folder, num_stories=40).record.is_cut, "there are no more"
+    enough = prepare(folder, num_stories=40, valid_fraction=0.25)
+    assert not enough.record.is_cut, "there are no more"
 
 
 def test_ones_own_text_is_read_whole_unless_asked_otherwise(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "NUM_STORIES", 30)
+    monkeypatch.setattr(sources, "HUB_STORIES", 30)
     file = tmp_path / "a.txt"
     file.write_text(SEPARATOR.join(builtin_stories(50)))
     corpus = prepare(file, num_stories=None)
     assert corpus.train_documents + corpus.valid_documents == 50 and not corpus.record.is_cut
-    builtin = prepare(num_stories=None)
-    assert builtin.train_documents + builtin.valid_documents == 30
+    builtin = prepare(num_stories=None, builtin_stories=30)
+    assert builtin.train_documents + builtin.valid_documents == 30 and not builtin.record.is_cut
 
 
 def test_records_in_a_folder_are_stories_and_rows_without_a_text_are_counted(prepare, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from config import InputError
+from config import InputError, ModelConfig
 from tests.helpers.hf_models import (
     HF_MODELS,
     SMOLLM2,
@@ -22,8 +22,10 @@ from tests.helpers.hf_models import (
 from utils.hf.config_json import to_hf_config
 from utils.hf.convert import export_checkpoint, import_model
 from utils.hf.grow_folder import grow_folder
+from utils.hf.parity import PROBE_WINDOWS, text_probe
 from utils.hf.pretrained import find_pretrained
 from utils.runtime.errors import RunStopped
+from utils.text.tokenizer import learn_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,3 +178,13 @@ def test_the_command_says_in_one_line_what_is_wrong(hf_folders, tmp_path):
     done = subprocess.run([*command, "--widen", "0"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: widen.factor = 0 must be a whole number, at least 1\n"
+
+
+@pytest.mark.parametrize("repeats", [1, 100])
+def test_the_probe_is_spread_over_the_text(repeats):
+    letters = "abcdefgh"[:PROBE_WINDOWS]
+    text = "".join(letter * 200 * repeats for letter in letters)
+    tokenizer, config = learn_tokenizer(iter(letters), 257), ModelConfig(seq_len=32)
+    probe = text_probe(tokenizer, config, text, "text")
+    assert probe.shape == (PROBE_WINDOWS, 33)
+    assert len(probe.unique()) == PROBE_WINDOWS, "a window a letter"

@@ -127,7 +127,7 @@ def test_splits_are_taken_by_their_names_and_none_is_both(tmp_path):
     assert by_name["record"]["null_rows"] == {"train_sft": 1}
     assert chosen["train"] == join_stories(VALID) and chosen["valid"] == join_stories(TRAIN[:20])
     assert other["record"]["train"] == ["train_gen"]
-    assert "has no train split, only validation, test; --data.split NAME" in refused
+    assert "has no split to train on, only validation, test; --data.split NAME" in refused
     assert "data.split = trian: dataset my/test has no such split, only validation, test" in unknown
 
 

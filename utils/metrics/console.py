@@ -77,17 +77,17 @@ def text_lines(corpus: Corpus) -> list[str]:
     if rows := sum(record.null_rows.values()):
         lines.append(f"left out, {rows:,} rows without a text")
     if record.is_cut:
-        stories = corpus.train_documents + (0 if record.valid else valid)
-        lines.append(f"cut after {stories:,} stories (data.num_stories): there are more")
+        counts = f"{corpus.train_documents:,} training and {valid:,} validation stories"
+        lines.append(f"cut after {counts} (data.num_stories): there are more")
     return lines
 
 
 def evaluation_line(windows: ValidWindows, corpus: Corpus) -> str:
     """Returns how much of the validation text is evaluated."""
     return (
-        f"{windows.tokens:,} tokens of {windows.documents:,} documents each time, "
-        f"{windows.final_tokens:,} of {windows.final_documents:,} at the end of a phase "
-        f"(the validation text has {corpus.valid_documents:,})"
+        f"{windows.tokens:,} tokens from {windows.documents:,} of the {corpus.valid_documents:,} "
+        f"validation documents each time, {windows.final_tokens:,} from "
+        f"{windows.final_documents:,} at the end of a phase"
     )
 
 

@@ -34,8 +34,8 @@ SEPARATOR = "<|endoftext|>"
 """Separates the stories of a text file."""
 CHUNK_CHARS = 32_768
 """Length of a chunk. Longer texts are cut, so that encoding them is parallel."""
-NUM_STORIES = 50_000
-"""Stories to read from the hub, or to make, unless `data.num_stories` says how many."""
+HUB_STORIES = 50_000
+"""Stories to read from the hub unless `data.num_stories` says how many."""
 
 
 class TextChunk(NamedTuple):
@@ -93,13 +93,12 @@ def find_source(config: DataConfig) -> TextSource:
     Raises:
         InputError: for a path that is not there, cannot be read or holds no text file.
     """
-    limit = NUM_STORIES if config.num_stories is None else config.num_stories
     if config.source == "builtin":
-        return builtin_source(limit or NUM_STORIES)
+        return builtin_source(config.num_stories or config.builtin_stories)
     if config.source == "tinystories":
-        return hub_source(hub.TINYSTORIES, config, limit)
+        return hub_source(hub.TINYSTORIES, config)
     if config.source.startswith("hub:"):
-        return hub_source(config.source.removeprefix("hub:"), config, limit)
+        return hub_source(config.source.removeprefix("hub:"), config)
     try:
         return path_source(config)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ of no user
@@ -120,11 +119,12 @@ def builtin_source(count: int) -> TextSource:
     return TextSource(identity, count, get_splits)
 
 
-def hub_source(name: str, config: DataConfig, limit: int) -> TextSource:
+def hub_source(name: str, config: DataConfig) -> TextSource:
     """Returns a dataset on the hub, whose stories are in the column `data.text_field`."""
     require(bool(name), "data.source = hub: names no dataset")
     options = [config.text_field, config.config, config.split, config.valid_split]
     identity = ["hub", name, hub.HUB_REVISIONS.get(name), *options]
+    limit = HUB_STORIES if config.num_stories is None else config.num_stories
     return TextSource(identity, limit, lambda: hub_splits(name, config))
 
 
@@ -141,14 +141,14 @@ def hub_splits(name: str, config: DataConfig) -> TextSplits:
     for option, split in (("split", config.split), ("valid_split", config.valid_split)):
         message = f"data.{option} = {split}: dataset {name} has no such split, only {listed}"
         require(not split or split in texts, message)
-    record.train = [config.split] if config.split else splits_for(TRAIN, texts)
+    train = [config.split] if config.split else splits_for(TRAIN, texts)
+    record.train = [split for split in train if split != config.valid_split]
     require(
         bool(record.train),
-        f"data.source: dataset {name} has no train split, only {listed}; --data.split NAME "
+        f"data.source: dataset {name} has no split to train on, only {listed}; --data.split NAME "
         "chooses one",
     )
     valid = [config.valid_split] if config.valid_split else splits_for(VALID, texts)
-    record.train = [split for split in record.train if split != config.valid_split]
     record.valid = [split for split in valid if split not in record.train]
     record.left_out = [f"{split} (split)" for split in texts if split not in record.train + valid]
 
@@ -326,7 +326,8 @@ def mark_validation(
     if splits.valid is not None:
         valid_limit = round(limit * valid_fraction) or min(limit, 1)
         yield from ((False, chunk) for chunk in read_train())
-        yield from ((True, chunk) for chunk in take_stories(splits.valid(), valid_limit))
+        valid = take_stories(splits.valid(), valid_limit, splits.record)
+        yield from ((True, chunk) for chunk in valid)
         return
     lengths = document_lengths(read_train())
     chosen = choose_documents(lengths, valid_fraction)
@@ -338,7 +339,7 @@ def mark_validation(
 
 
 def take_stories(
-    chunks: Iterator[TextChunk], limit: int, record: TextRecord | None = None
+    chunks: Iterator[TextChunk], limit: int, record: TextRecord
 ) -> Iterator[TextChunk]:
     """Yields the chunks of the first `limit` stories, or of all if `limit` is 0. Notes in `record`
     whether there are more."""
@@ -348,8 +349,7 @@ def take_stories(
         left -= chunk.ends_story
         if limit and not left:
             break
-    if record is not None:
-        record.is_cut = next(chunks, None) is not None
+    record.is_cut |= next(chunks, None) is not None
 
 
 def document_lengths(chunks: Iterator[TextChunk]) -> list[int]:
