@@ -656,7 +656,8 @@ class Run:
     """Send the history's numbers to a tracker too: tensorboard (`pip install tensorboard`) finds
     them in `out`/tensorboard. If the tracker fails, the run goes on without it."""
     resume: bool = False
-    """Go on exactly where the run in `out` stopped."""
+    """Go on exactly where the run in `out` stopped. From there on rates, steps, batch sizes and the
+    like may be others: those that the command line sets; the rest stay as the run was left."""
     overwrite: bool = False
     """Replace what an earlier run left in `out`."""
     dry_run: bool = False

@@ -9,6 +9,7 @@ judge it before and after, and the run stops where its function moved.
 import sys
 
 from config import Run
+from utils.checkpoint.resume import adopt_settings
 from utils.checkpoint.run_dir import is_finished
 from utils.runtime.cli import parse_run, run_command
 from utils.training.context import announce_run, check_run, finish_run, open_run, prepare_run
@@ -19,7 +20,7 @@ def main(run: Run) -> None:
     """Trains every phase of a run, or those that are left of it."""
     init_source = check_run(run)  # every setting, before any work
     if run.resume and not run.dry_run and is_finished(run.out):
-        return finish_run(run)
+        return finish_run(init_source)
     setup = prepare_run(init_source)  # the tokens, and what follows from them
     announce_run(setup)
     if run.dry_run:
@@ -35,4 +36,4 @@ def main(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse_run(sys.argv[1:])))
+    run_command(lambda: main(parse_run(sys.argv[1:], adopt_settings)))

@@ -1,6 +1,7 @@
 """A run that is killed or stopped, at any moment, ends as if nothing had happened."""
 
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from tests.helpers.killed_runs import (
     MAX_SECONDS,
     finish_and_compare,
+    read_outcome,
     read_output,
     resume_points_of,
     split_moments,
@@ -66,6 +68,31 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(
         assert wait_for_exit(process) == -signal.SIGKILL, moment
         assert len(resume_points_of(run)) <= KEPT_POINTS + 1
     finish_and_compare(start_run, run, undisturbed)
+
+
+def test_a_run_that_goes_on_with_other_settings_keeps_them_wherever_it_is_killed_again(
+    start_run, run
+):
+    (moment,) = split_moments("before STEP 14")  # a point was kept after step 4 of phase 2
+    assert wait_for_exit(start_run(run, (moment, signal.SIGKILL))) == -signal.SIGKILL
+    settings = {"lr_phase2": 1e-3, "batch_size": 3, "steps_phase2": 8, "weight_decay": 0.5}
+    changed = replace(run, training=replace(run.training, **settings), resume=True)
+    unkilled = replace(changed, out=run.out.with_name("unkilled"))
+    shutil.copytree(run.out, unkilled.out)
+    assert wait_for_exit(start_run(unkilled)) == 0
+    moments = """
+        before RESUME.save_tensors 1, amid WRITE 3, after RESUME.save_tensors 1, before STEP 1,
+        before STEP 2, before RESUME.save_tensors 1, after PHASE.grow 1, before STEP 3"""
+    for moment in split_moments(moments):
+        process = start_run(changed, (moment, signal.SIGKILL))
+        assert wait_for_exit(process) == -signal.SIGKILL, moment
+    finish_and_compare(start_run, changed, read_outcome(unkilled))
+    events = read_history(run.out / HISTORY_FILE)
+    changes = [event for event in events if event["event"] == "change"]
+    assert {(event["phase"], event["step"]) for event in changes} == {(2, 4)}
+    assert {event["setting"]: event["new"] for event in changes} == {
+        f"training.{name}": value for name, value in settings.items()
+    }
 
 
 def last_activity(run):

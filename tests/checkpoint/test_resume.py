@@ -1,5 +1,6 @@
 """A resume point holds all that a run needs to go on, and says which runs may."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from config import InputError, Tolerance, Widen
+from config import InputError, Phase, Tolerance, Widen
 from tests.helpers.small_models import MOE, random_train_state
-from tests.helpers.small_runs import FOUR_PHASES, small_run
+from tests.helpers.small_runs import FOUR_PHASES, TRAINING, small_run
 from utils.checkpoint.resume import (
     KEPT_POINTS,
     ResumeCheckpointer,
@@ -22,11 +23,14 @@ from utils.checkpoint.run_dir import lock_run_dir
 from utils.metrics.history import HISTORY_FILE, History
 from utils.metrics.throughput import AccumulatorState
 from utils.runtime.errors import RunStopped
+from utils.schedule.phases import resolve_phases
 
 CPU = torch.device("cpu")
-RUN = small_run(Path("folder"), replace(FOUR_PHASES, checkpoint_every="3"))
+RUN = small_run(Path("folder"), replace(FOUR_PHASES, steps_phase2=20, checkpoint_every="3"))
+PHASES = resolve_phases(RUN)
 FINGERPRINT = run_fingerprint(RUN, "tokens", CPU)
-PROGRESS = TrainingProgress(2, 17, AccumulatorState(torch.arange(4.0), 3, 0.5), 1234, 7.25)
+METRICS = AccumulatorState(torch.arange(4.0), 3, 96, 0.5)
+PROGRESS = TrainingProgress(2, 17, METRICS, 1234, 7.25, 640, 2816, 1e-3)
 
 
 def train_with(run, **changes):
@@ -49,11 +53,35 @@ CHANGES_NOTHING = {
 CHANGES_THE_RUN = {
     "seed": lambda run: replace(run, seed=1),
     "model.d_ff": lambda run: replace(run, model=replace(run.model, d_ff=64)),
-    "training.lr_phase1": lambda run: train_with(run, lr_phase1=1.0),
     "training.widen.noise": lambda run: train_with(run, widen=Widen(noise=0.5)),
-    "training.lr_scaling": lambda run: train_with(run, lr_scaling="none"),
-    "training.eval_every": lambda run: train_with(run, eval_every=7),
+    "training.optimizer_state_on_growth": lambda run: train_with(
+        run, optimizer_state_on_growth="reset"
+    ),
+    "training.probe_sequences": lambda run: train_with(run, probe_sequences=7),
 }
+ADJUSTS_THE_RUN = {
+    "steps_phase2": 17,
+    "steps_phase4": 9,
+    "lr_phase2": 1.0,
+    "batch_size": 3,
+    "batch_size_phase3": 3,
+    "lr_scaling": "none",
+    "weight_decay": 1.0,
+    "grad_clip": 2.0,
+    "beta1": 0.5,
+    "beta2": 0.5,
+    "eps": 1e-3,
+    "warmup_fraction": 0.5,
+    "min_lr_ratio": 0.5,
+    "decay_to": "floor",
+    "load_balance_coef": 1.0,
+    "z_loss_coef": 1.0,
+    "log_every": 7,
+    "eval_every": 7,
+    "eval_tokens": 70,
+    "sample_tokens": 7,
+}
+"""Settings of `training` that may change in phase 2 after step 17 of 20."""
 
 
 @pytest.fixture
@@ -65,9 +93,9 @@ def checkpointer(tmp_path):
 
 def load_latest(out):
     """The last point of this test's run, with nothing to warn of."""
-    point = latest_point(out, FINGERPRINT, pytest.fail)
-    assert point is not None
-    return point
+    point = latest_point(out, FINGERPRINT, pytest.fail, PHASES)
+    assert point is not None and not point.changes
+    return point.progress, point.state
 
 
 def test_what_was_kept_is_loaded_bit_for_bit(checkpointer, tmp_path):
@@ -118,19 +146,71 @@ def test_a_point_is_due_every_so_many_steps_and_at_the_end_of_a_phase(checkpoint
 def test_settings_that_train_nothing_may_change_before_a_resumption(change):
     changed = change(RUN)
     assert changed != RUN
-    assert not FINGERPRINT.differences(run_fingerprint(changed, "tokens", CPU))
+    assert not FINGERPRINT.changes(run_fingerprint(changed, "tokens", CPU))
+
+
+def load_as(run, out):
+    """What is loaded for a run in the folder of this test's run."""
+    fingerprint = run_fingerprint(run, "tokens", CPU)
+    return latest_point(out, fingerprint, pytest.fail, resolve_phases(run))
+
+
+@pytest.mark.parametrize("name, value", ADJUSTS_THE_RUN.items(), ids=ADJUSTS_THE_RUN)
+def test_what_has_a_part_only_in_steps_to_come_may_change_and_is_told(
+    name, value, checkpointer, tmp_path
+):
+    checkpointer.keep(PROGRESS, random_train_state(MOE))
+    point = load_as(train_with(RUN, **{name: value}), tmp_path)
+    assert point.changes == [(f"training.{name}", getattr(RUN.training, name), value)]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr_phase1": 1.0}, "lr_phase1 was 0.0003, is 1.0, but phase 1 (dense) has been trained"),
+        ({"steps_phase1": 9}, "steps_phase1 was 5, is 9, but phase 1 (dense) has been trained"),
+        ({"steps_phase2": 16}, "phase 2 (moe) has taken 17 steps already, it cannot end after 16"),
+        ({"steps_phase2": 17, "lr_phase2": 1.0}, "is 1.0, but phase 2 (moe) has been trained"),
+        ({"probe_sequences": 7, "lr_phase1": 1.0}, "another run: training.probe_sequences was 8"),
+    ],
+)
+def test_what_would_have_no_part_in_the_steps_to_come_is_refused(
+    changes, message, checkpointer, tmp_path
+):
+    checkpointer.keep(PROGRESS, random_train_state(MOE))
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_as(train_with(RUN, **changes), tmp_path)
+
+
+def test_a_schedule_of_ones_own_changes_by_the_names_of_its_phases(checkpointer, tmp_path):
+    phases = {"a.b": Phase(steps=3), "c": Phase(steps=20), "d": Phase(steps=5)}
+    own = replace(RUN, training=TRAINING, phases=phases)
+    checkpointer.fingerprint = run_fingerprint(own, "tokens", CPU)
+    checkpointer.keep(PROGRESS, random_train_state(MOE))
+
+    def load_with(**changed):
+        return load_as(replace(own, phases=phases | changed), tmp_path)
+
+    changes = load_with(d=Phase(steps=6), c=Phase(steps=20, lr=1.0)).changes
+    assert changes == [("phases.c.lr", 3e-4, 1.0), ("phases.d.steps", 5, 6)]
+    with pytest.raises(InputError, match=r"phases.a.b.lr was 0.0003, is 1.0, but phase 1 \(a\.b"):
+        load_with(**{"a.b": Phase(steps=3, lr=1.0)})
+    with pytest.raises(InputError, match=r"another run: phases.c.growth.factor was None, is 2"):
+        load_with(c=Phase(Widen(2), steps=20))
+    swapped = {name: phases[name] for name in ("c", "a.b", "d")}
+    with pytest.raises(InputError, match=r"another run: phases was \['a.b', 'c', 'd'\], is \['c'"):
+        load_as(replace(own, phases=swapped), tmp_path)
 
 
 @pytest.mark.parametrize("name, change", CHANGES_THE_RUN.items(), ids=CHANGES_THE_RUN)
 def test_every_other_setting_that_changed_is_named(name, change, checkpointer, tmp_path):
     checkpointer.keep(PROGRESS, random_train_state(MOE))
-    changed = run_fingerprint(change(RUN), "tokens", CPU)
     with pytest.raises(InputError, match=rf"holds another run: {name} was \S+, is \S+$"):
-        latest_point(tmp_path, changed, pytest.fail)
+        load_as(change(RUN), tmp_path)
 
 
 def test_the_tokens_and_the_model_that_a_run_started_from_may_not_change():
     tokens = run_fingerprint(RUN, "others", CPU)
-    assert FINGERPRINT.differences(tokens) == ["corpus (fingerprint) was tokens, is others"]
+    assert FINGERPRINT.changes(tokens) == [("corpus (fingerprint)", "tokens", "others")]
     model = run_fingerprint(RUN, "tokens", CPU, init_source="theirs")
-    assert FINGERPRINT.differences(model) == ["init_from (fingerprint) was None, is theirs"]
+    assert FINGERPRINT.changes(model) == [("init_from (fingerprint)", None, "theirs")]

@@ -62,6 +62,9 @@ def test_what_variants_share_must_have_been_made_with_the_same_settings(small):
     other = replace(small, training=replace(TRAINING, lr_phase1=1e-5))
     with pytest.raises(InputError, match=r"holds another run: phases\.dense\.lr was 0\.005"):
         run_experiment(Experiment("lr", seeds=1, run=other))
+    other = replace(small, training=replace(TRAINING, weight_decay=0.5))
+    with pytest.raises(InputError, match=r"another run: training\.weight_decay was 0\.01, is 0\.5"):
+        run_experiment(Experiment("lr", seeds=1, run=other))
 
 
 def test_an_experiment_does_not_touch_the_run_in_its_folder(small):

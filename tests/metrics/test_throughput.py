@@ -8,7 +8,7 @@ from utils.metrics.throughput import (
     EtaEstimator,
     MetricAccumulator,
 )
-from utils.runtime.errors import RunStopped
+from utils.runtime.errors import NotFinite
 from utils.schedule.phases import resolve_phases
 
 CPU = torch.device("cpu")
@@ -32,14 +32,14 @@ def test_a_reading_holds_the_means_since_the_last_one():
 
 
 def test_a_state_that_was_saved_goes_on_with_its_sums_and_its_time():
-    metrics = accumulator(AccumulatorState(STEPS[0], steps=1, seconds=100.0))
+    metrics = accumulator(AccumulatorState(STEPS[0], steps=1, tokens=30, seconds=100.0))
     metrics.add(STEPS[1])
-    sums, steps, seconds = metrics.state()
+    sums, steps, tokens, seconds = metrics.state()
     assert torch.equal(sums, STEPS[0] + STEPS[1])
-    assert steps == 2 and seconds >= 100
+    assert (steps, tokens) == (2, 38) and seconds >= 100
     values = metrics.read("here")
     assert {name: values[name] for name in STEP_METRICS} == MEANS
-    assert 0 < values["tokens_per_s"] <= 2 * 8 / 100
+    assert 0 < values["tokens_per_s"] <= 38 / 100
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -47,7 +47,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_by_its_name_and_place(bad):
     metrics = accumulator()
     metrics.add(torch.tensor([1.0, 1.0, bad, 1.0]))
     for ask in (metrics.check, metrics.read):
-        with pytest.raises(RunStopped, match=rf"^phase 1, step 7: z_loss is {bad}"):
+        with pytest.raises(NotFinite, match=rf"^phase 1, step 7: z_loss is {bad}"):
             ask("phase 1, step 7")
 
 

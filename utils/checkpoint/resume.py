@@ -1,12 +1,13 @@
-"""Points to resume from: kept beside a run's output while it lasts, so that it can go on
-exactly."""
+"""Points to resume from: kept beside a run's output while it lasts, so that it can go on exactly,
+or from there on with other settings."""
 
+import re
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -14,15 +15,22 @@ from tqdm import tqdm
 from config import InputError, ModelConfig, Run, require
 from transfer import TrainState
 from utils.checkpoint.model import check_weights
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History
+from utils.metrics.history import (
+    HISTORY_FILE,
+    PLOT_FILE,
+    History,
+    read_history,
+    run_record,
+    select_events,
+)
 from utils.metrics.throughput import AccumulatorState
 from utils.runtime.atomic_io import load_tensors, save_tensors
 from utils.runtime.device import on_cpu
-from utils.runtime.errors import RunStopped
-from utils.schedule.phases import ResolvedPhase
+from utils.runtime.errors import NotFinite
+from utils.schedule.phases import ResolvedPhase, resume_phases, setting_phases
 
 RESUME_FOLDER = "resume"
-RESUME_SCHEMA = 2
+RESUME_SCHEMA = 3
 KEPT_POINTS = 2
 CHANGEABLE = (
     "data.", "device", "dry_run", "init_from", "out", "overwrite", "precision", "resume",
@@ -31,6 +39,13 @@ CHANGEABLE = (
 )  # fmt: skip
 """Settings that may change between a run and its resumption, by the start of their names. (The
 tokens themselves and what the run started from may not.)"""
+ADJUSTABLE = re.compile(
+    r"training\.(batch_size|beta|decay_to|eps|eval_|grad_clip|load_balance_coef|log_every|lr_"
+    r"|min_lr_ratio|sample_tokens|steps_|warmup_fraction|weight_decay|z_loss_coef).*"
+    r"|phases\..+\.(batch_size|lr|steps)"
+)
+"""Settings that may change too, but not what has been trained with them: the new ones hold from the
+resume point on, and the history says so."""
 TOLERANCE = ".tolerance."
 """Tolerances may change too: they train nothing, and who meets one may want a wider one."""
 
@@ -49,13 +64,24 @@ class TrainingProgress(NamedTuple):
     """Length of the history so far."""
     phase_started_s: float
     """Seconds that the run had taken when the phase began, its growth included."""
+    first_token: int
+    """Training tokens of the run before the phase."""
+    tokens: int
+    """Training tokens of the whole run so far."""
+    lr: float = 0.0
+    """Learning rate of the last step."""
 
     @classmethod
     def start_of(
-        cls, phase: int, history_bytes: int = 0, phase_started_s: float = 0.0
+        cls,
+        phase: int,
+        history_bytes: int = 0,
+        phase_started_s: float = 0.0,
+        first_token: int = 0,
     ) -> "TrainingProgress":
         """Returns the point before the first step of a phase."""
-        return cls(phase, 0, AccumulatorState.empty(), history_bytes, phase_started_s)
+        empty = AccumulatorState.empty()
+        return cls(phase, 0, empty, history_bytes, phase_started_s, first_token, first_token)
 
     def is_inside(self, phase: ResolvedPhase) -> bool:
         """Whether `phase` had begun: its growth is done."""
@@ -66,23 +92,43 @@ class TrainingProgress(NamedTuple):
         """Name of the resume point's file; names sort by time."""
         return f"phase{self.phase:03d}-step{self.step:08d}.pt"
 
+    def resume(self, phases: list[ResolvedPhase]) -> list[ResolvedPhase]:
+        """Returns the phases of a run that goes on from here."""
+        return resume_phases(phases, self.phase, self.step, self.first_token, self.tokens)
+
+
+class SettingChange(NamedTuple):
+    """A setting that one of two runs has otherwise than the other."""
+
+    name: str
+    old: object
+    new: object
+
+    def __str__(self) -> str:
+        return f"{self.name} was {self.old}, is {self.new}"
+
 
 @dataclass(frozen=True)
 class RunFingerprint:
-    """What a run must have in common with the one that it continues."""
+    """What tells a run from others, and where it computes."""
 
     settings: dict[str, object]
-    corpus: str
-    """Fingerprint of the tokens."""
+    """Settings by their dotted names, and the fingerprints of what the run is trained on."""
     device: str
     threads: int
 
-    def differences(self, other: "RunFingerprint") -> list[str]:
-        """Returns one phrase for each setting that `other` has otherwise."""
-        names = sorted(self.settings.keys() | other.settings.keys())
-        pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
-        pairs.append(("corpus (fingerprint)", self.corpus, other.corpus))
-        return [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+    def changes(self, other: "RunFingerprint") -> list[SettingChange]:
+        """Returns each setting that `other` has otherwise."""
+        return setting_changes(self.settings, other.settings)
+
+
+class ResumePoint(NamedTuple):
+    """A point that a run can go on from."""
+
+    progress: TrainingProgress
+    state: TrainState
+    changes: list[SettingChange]
+    """Settings that hold from here on in place of those before."""
 
 
 def run_fingerprint(
@@ -90,14 +136,86 @@ def run_fingerprint(
 ) -> RunFingerprint:
     """Returns a run's fingerprint, given those of its tokens and of the model it starts from (empty
     for random weights)."""
+    settings = lasting_settings(asdict(run), corpus, init_source)
+    return RunFingerprint(settings, device.type, torch.get_num_threads())
+
+
+def lasting_settings(config: dict, corpus: str, init_source: str) -> dict[str, object]:
+    """Returns the settings by which a run is known, given all of them as nested dictionaries and
+    the fingerprints of its tokens and of the model it starts from."""
     settings = {
         name: value
-        for name, value in flatten_settings(asdict(run)).items()
+        for name, value in flatten_settings(config).items()
         if not name.startswith(CHANGEABLE) and TOLERANCE not in name
     }
-    if init_source:
-        settings["init_from (fingerprint)"] = init_source
-    return RunFingerprint(settings, corpus, device.type, torch.get_num_threads())
+    order = {"phases": list(config["phases"])} if config["phases"] else {}
+    sources = {"corpus (fingerprint)": corpus, "init_from (fingerprint)": init_source}
+    return settings | order | {name: value for name, value in sources.items() if value}
+
+
+def recorded_settings(events: list[dict]) -> dict[str, object]:
+    """Returns the settings of a run, as the last changes have left them, from its history."""
+    record = run_record(events)
+    fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
+    changes = {event["setting"]: event["new"] for event in select_events(events, "change")}
+    return lasting_settings(record["config"], *fingerprints) | changes
+
+
+def setting_changes(old: dict[str, object], new: dict[str, object]) -> list[SettingChange]:
+    """Returns each setting that is another one in `new`."""
+    names = sorted(old.keys() | new.keys())
+    changes = [SettingChange(name, old.get(name), new.get(name)) for name in names]
+    return [change for change in changes if change.old != change.new]
+
+
+def adopt_settings(default: Run, out: Path) -> Run:
+    """Returns `default` with those of its settings that a resumption may change as the run in `out`
+    was left with them."""
+    path = out / HISTORY_FILE
+    events = read_history(path) if path.exists() else []
+    record = run_record(events)
+    if not record or list(default.phases) != list(record["config"]["phases"]):
+        return default  # no run, or another one: what differs is named when it is to go on
+    for name, value in recorded_settings(events).items():
+        if ADJUSTABLE.fullmatch(name):
+            default = set_field(default, name, value)
+    return default
+
+
+def set_field(config: Any, name: str, value: object) -> Any:
+    """Returns a dataclass, or a dictionary of dataclasses, with the field of a dotted name set."""
+    if isinstance(config, dict):
+        key, _, name = name.rpartition(".")  # the name of a phase may have dots
+        return config | {key: set_field(config[key], name, value)}
+    name, _, rest = name.partition(".")
+    value = set_field(getattr(config, name), rest, value) if rest else value
+    return replace(config, **{name: value})
+
+
+def check_changes(
+    out: Path,
+    changes: list[SettingChange],
+    progress: TrainingProgress,
+    phases: Sequence[ResolvedPhase],
+) -> None:
+    """Raises InputError, which names what differs, where changed settings would make another run of
+    what is done, or would have no effect on what is left. No setting may change without phases."""
+    fixed = [change for change in changes if not (phases and ADJUSTABLE.fullmatch(change.name))]
+    require(not fixed, f"{out} holds another run: {'; '.join(map(str, fixed))}")
+    if not changes:
+        return
+    current = phases[progress.phase - 1]
+    require(
+        current.steps >= progress.step,
+        f"{out}: {current} has taken {progress.step} steps already, it cannot end after "
+        f"{current.steps}",
+    )
+    for change in changes:
+        last = setting_phases(change.name, phases)[-1]
+        is_length = re.fullmatch(r"training\.steps_.*|phases\..+\.steps", change.name)
+        can_go_on = progress.step < current.steps or is_length
+        is_done = last.number < progress.phase or (last is current and not can_go_on)
+        require(not is_done, f"{out}: {change}, but {last} has been trained")
 
 
 def flatten_settings(values: dict, prefix: str = "") -> dict[str, object]:
@@ -147,14 +265,14 @@ class ResumeCheckpointer:
 
         Raises:
             OSError: if it cannot be written.
-            RunStopped: if a weight is no longer finite.
+            NotFinite: if a weight is no longer finite.
         """
         if self.has(progress):
             return
         is_finite = torch.stack([weight.isfinite().all() for weight in state.weights.values()])
         if not is_finite.all():
             name = list(state.weights)[int(is_finite.int().argmin())]
-            raise RunStopped(f"phase {progress.phase}, step {progress.step}: {name} is not finite")
+            raise NotFinite(f"phase {progress.phase}, step {progress.step}: {name} is not finite")
         self.history.sync()
         metrics = progress.metrics._asdict() | {"sums": progress.metrics.sums.cpu()}
         content = {
@@ -178,9 +296,18 @@ def resume_points(out: Path) -> list[Path]:
 
 
 def latest_point(
-    out: Path, fingerprint: RunFingerprint, warn: Callable[[str], None]
-) -> tuple[TrainingProgress, TrainState] | None:
+    out: Path,
+    fingerprint: RunFingerprint,
+    warn: Callable[[str], None],
+    phases: Sequence[ResolvedPhase] = (),
+) -> ResumePoint | None:
     """Returns the last point that is whole; None where none was ever kept.
+
+    Args:
+        out: The run's folder.
+        fingerprint: What the run is known by.
+        warn: Takes lines about points that cannot be used.
+        phases: Phases of the run, whose settings may change at the point; none may without them.
 
     Raises:
         InputError: if all points are damaged, or if they are of another run.
@@ -191,18 +318,18 @@ def latest_point(
             content = load_tensors(path)
             require(content.get("schema") == RESUME_SCHEMA, f"{path} is of another schema")
             kept = RunFingerprint(**{name: content[name] for name in asdict(fingerprint)})
-            point = unpack_point(path, content)
+            progress, state = unpack_point(path, content)
         except (InputError, KeyError, TypeError, AttributeError) as error:
             warn(f"{path} cannot be used ({error}); trying the one before")
             continue
-        if differences := kept.differences(fingerprint):
-            raise InputError(f"{out} holds another run: {'; '.join(differences)}")
+        changes = kept.changes(fingerprint)
+        check_changes(out, changes, progress, phases)
         if (kept.device, kept.threads) != (fingerprint.device, fingerprint.threads):
             warn(
                 f"kept on {kept.device} with {kept.threads} threads, going on on "
                 f"{fingerprint.device} with {fingerprint.threads}: not bit for bit"
             )
-        return point
+        return ResumePoint(progress, state, changes)
     where = out / RESUME_FOLDER
     require(not files, f"none of the points in {where} is whole: there is nothing to resume")
     return None
@@ -219,17 +346,18 @@ def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainStat
 
 
 def resume_or_clear(
-    run: Run, files: list[str], fingerprint: RunFingerprint
-) -> tuple[TrainingProgress, TrainState] | None:
-    """Returns where the run goes on; None where it begins, in a folder from which its `files` have
-    then been removed.
+    run: Run, phases: list[ResolvedPhase], fingerprint: RunFingerprint
+) -> ResumePoint | None:
+    """Returns where the run goes on; None where it begins, in a folder from which the files of its
+    phases have then been removed.
 
     Raises:
         InputError: if the run is to be resumed and cannot be.
     """
+    files = [name for phase in phases for name in phase.checkpoint_files]
     if run.resume:
-        if point := latest_point(run.out, fingerprint, tqdm.write):
-            progress, _ = point
+        if point := latest_point(run.out, fingerprint, tqdm.write, phases):
+            progress = point.progress
             history = run.out / HISTORY_FILE
             length = history.stat().st_size if history.exists() else 0
             require(length >= progress.history_bytes, f"{history} is shorter than it was")

@@ -18,7 +18,7 @@ from config import InputError, Run, require
 from utils.checkpoint.resume import KEPT_POINTS, RESUME_FOLDER, resume_points
 from utils.metrics.history import HISTORY_FILE, read_history
 from utils.runtime.atomic_io import remove_partial_files
-from utils.runtime.errors import RunStopped
+from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.signals import Stopped
 from utils.schedule.phases import ResolvedPhase
 
@@ -80,7 +80,10 @@ def explain_how_to_resume(out: Path) -> Iterator[None]:
     except OSError as error:
         raise RunStopped(f"{error}; {how_to_resume(out)}") from error
     except RunStopped as stop:
-        raise RunStopped(f"{stop}; {how_to_resume(out)}") from stop
+        advice = [str(stop), how_to_resume(out)]
+        if isinstance(stop, NotFinite) and (earlier := resume_points(out)[:-1]):
+            advice.append(f"if it stops again, delete that file to go on from {earlier[-1]}")
+        raise RunStopped("; ".join(advice)) from stop
     except Stopped as stop:
         raise Stopped(stop.number, how_to_resume(out)) from stop
 

@@ -76,7 +76,7 @@ def trunk_state(setup: RunSetup) -> TrainState:
     end = phases[-1].number, phases[-1].steps
     with lock_run_dir(run.out):
         point = latest_point(run.out, fingerprint, tqdm.write)
-        if point is None or (point[0].phase, point[0].step) != end:
+        if point is None or (point.progress.phase, point.progress.step) != end:
             (run.out / HISTORY_FILE).unlink(missing_ok=True)
             with History(run.out / HISTORY_FILE) as history:
                 checkpointer = ResumeCheckpointer(run, fingerprint, history)
@@ -90,7 +90,7 @@ def trunk_state(setup: RunSetup) -> TrainState:
                     save_phase(state, phase, context)
             point = latest_point(run.out, fingerprint, tqdm.write)
         assert point is not None, "the end of a phase is always kept"
-        return point[1]
+        return point.state
 
 
 def train_variant(setup: RunSetup, state: TrainState) -> list[dict]:

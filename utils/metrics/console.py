@@ -10,7 +10,7 @@ from transfer import FunctionDrift
 from transfer.checks import resolve_tolerance
 from utils.data import Corpus, ValidWindows
 from utils.metrics.diagnostics import UNDERUSED_SHARE
-from utils.metrics.history import settling_losses
+from utils.metrics.history import select_events, settling_losses
 from utils.optim.adamw import lr_scale_range
 from utils.optim.cuda_graph import wants_cuda_graph
 from utils.runtime.device import device_name, training_dtype
@@ -166,11 +166,20 @@ def estimate_line(phases: list[ResolvedPhase], seconds_per_flop: float) -> str:
     return line
 
 
+def change_lines(events: list[dict]) -> list[str]:
+    """Returns a line for each setting that was changed when a run was resumed, from its history."""
+    return [
+        f"changed {event['setting']} from {event['old']} to {event['new']} "
+        f"at phase {event['phase']} ({event['phase_name']}), step {event['step']}"
+        for event in select_events(events, "change")
+    ]
+
+
 def run_summary(
     events: list[dict], format_rows: Callable[[TableRows], list[str]] = format_table
 ) -> str:
-    """Returns the losses of each phase and what each growth moved, from a run's history, in tables
-    whose lines `format_rows` makes."""
+    """Returns the losses of each phase, what each growth moved, and which settings were changed on
+    the way, from a run's history, in tables whose lines `format_rows` makes."""
     phases: TableRows = [
         ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
     ]
@@ -185,9 +194,9 @@ def run_summary(
             phases.append(trained_row(event))
         elif event["event"] == "grow":
             growths.append((*growth_row(event), settling_cell(event, events)))
-    return "\n".join(
-        format_rows(phases) + (["", *format_rows(growths)] if len(growths) > 1 else [])
-    )
+    tables = format_rows(phases) + (["", *format_rows(growths)] if len(growths) > 1 else [])
+    changes = change_lines(events)
+    return "\n".join(tables + (["", *changes] if changes else []))
 
 
 def trained_row(event: dict) -> tuple[str, ...]:

@@ -155,9 +155,13 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
     been before the phase's growth; nothing if the phase did not grow.
 
     Both losses are in float32 where the evaluation tells it so; otherwise the loss is taken to be
-    off float32's by as much as it was right after the growth.
+    off float32's by as much as it was right after the growth. Evaluations on other text than that,
+    which a change of `training.eval_tokens` brings, cannot be compared with it and are left out.
     """
     own = phase_events(events, phase)
+    for change in select_events(own, "change"):
+        if change["setting"] == "training.eval_tokens":
+            own = own[: own.index(change)]
     before = [event.get("valid_loss_fp32") for event in select_events(own, "grow")]
     evals = select_events(own, "eval")
     if not evals or not before or before[-1] is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.metrics.console import estimate_line
 from utils.runtime.device import peak_memory_gb, synchronize
-from utils.runtime.errors import RunStopped
+from utils.runtime.errors import NotFinite
 from utils.schedule.phases import ResolvedPhase
 
 STEP_METRICS: tuple[str, ...] = ("loss", "load_balance_loss", "z_loss", "grad_norm")
@@ -26,12 +26,13 @@ class AccumulatorState(NamedTuple):
     sums: Tensor
     """Sum of each of STEP_METRICS, on the device."""
     steps: int
+    tokens: int
     seconds: float
 
     @classmethod
     def empty(cls) -> "AccumulatorState":
         """Returns the state before any step."""
-        return cls(torch.zeros(len(STEP_METRICS)), 0, 0.0)
+        return cls(torch.zeros(len(STEP_METRICS)), 0, 0, 0.0)
 
 
 class MetricAccumulator:
@@ -40,12 +41,13 @@ class MetricAccumulator:
 
     def __init__(self, device: torch.device, tokens_per_step: int, state: AccumulatorState):
         self.device, self.tokens_per_step = device, tokens_per_step
-        self.sums, self.steps = state.sums.to(device), state.steps
+        self.sums, self.steps, self.tokens = state.sums.to(device), state.steps, state.tokens
         self.started = time.perf_counter() - state.seconds
 
     def state(self) -> AccumulatorState:
         """Returns what has been added up so far."""
-        return AccumulatorState(self.sums, self.steps, time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        return AccumulatorState(self.sums, self.steps, self.tokens, seconds)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -61,34 +63,35 @@ class MetricAccumulator:
         """Adds one step's STEP_METRICS."""
         self.sums = self.sums + metrics
         self.steps += 1
+        self.tokens += self.tokens_per_step
 
     def check(self, where: str) -> None:
-        """Raises RunStopped, saying `where`, when a metric is no longer finite."""
+        """Raises NotFinite, saying `where`, when a metric is no longer finite."""
         check_finite(dict(zip(STEP_METRICS, self.sums.tolist(), strict=True)), where)
 
     def read(self, where: str) -> dict[str, float]:
         """Returns the means and the speed, and starts anew.
 
         Raises:
-            RunStopped: saying `where`, when a metric is no longer finite.
+            NotFinite: saying `where`, when a metric is no longer finite.
         """
         means = (self.sums / self.steps).tolist()
         seconds = time.perf_counter() - self.started
         values: dict[str, float] = dict(zip(STEP_METRICS, means, strict=True))
         check_finite(values, where)
-        values["tokens_per_s"] = self.steps * self.tokens_per_step / seconds
+        values["tokens_per_s"] = self.tokens / seconds
         if (peak := peak_memory_gb(self.device)) is not None:
             values["peak_memory_gb"] = peak
-        self.sums, self.steps = torch.zeros_like(self.sums), 0
+        self.sums, self.steps, self.tokens = torch.zeros_like(self.sums), 0, 0
         self.started = time.perf_counter()
         return values
 
 
 def check_finite(values: dict[str, float], where: str) -> None:
-    """Raises RunStopped, saying `where`, for the first value that is not finite."""
+    """Raises NotFinite, saying `where`, for the first value that is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise RunStopped(f"{where}: {name} is {value}; a lower learning rate may help")
+            raise NotFinite(f"{where}: {name} is {value}")
 
 
 class EtaEstimator:

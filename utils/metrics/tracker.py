@@ -50,7 +50,7 @@ def start_tracker(name: TrackerName, out: Path) -> Callable[[dict], None]:
 
     def send(event: dict) -> None:
         log = start(out)
-        if "tokens" in event:
+        if "tokens" in event and event["event"] != "change":  # which measures nothing
             log(tracked_numbers(event), event["tokens"])
 
     return BestEffort(f"tracker = {name}", send, tqdm.write)

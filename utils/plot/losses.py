@@ -20,11 +20,14 @@ LOSS_LABEL = "loss (nats per token)"
 
 
 def draw_losses(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str) -> None:
-    """Draws the training and the validation loss of each phase into its axes."""
+    """Draws the training and the validation loss of each phase into its axes, and a dotted line
+    where the run was resumed with other settings."""
     for axes, phase in zip(row, phases, strict=True):
         training, validation = (series(phase.events, *item) for item in LOSS_FIELDS.items())
         axes.plot(*training, color=GREY, linewidth=1, label="training")
         axes.plot(*validation, "o-", color=BLUE, markersize=4, label="validation")
+        for x in {change["x"] for change in select_events(phase.events, "change")}:
+            axes.axvline(x, color="black", linestyle=":", linewidth=1)
     row[0].set_ylabel(LOSS_LABEL)
     row[0].set_ylim(loss_limits([phases]))
     row[0].legend()

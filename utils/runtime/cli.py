@@ -8,7 +8,9 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from inspect import cleandoc
+from pathlib import Path
 from typing import TypeVar
 
 from config import PRESETS, InputError, ModelConfig, Run, require
@@ -42,8 +44,15 @@ def exit_with(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def parse_run(args: list[str]) -> Run:
+def parse_run(
+    args: list[str], adopt_settings: Callable[[Run, Path], Run] = lambda default, out: default
+) -> Run:
     """Parses `[PRESET] [--field value ...]`.
+
+    Args:
+        args: The arguments.
+        adopt_settings: Called for a run to be resumed, with the preset's run and the folder.
+            Returns the run whose values the fields take that `args` do not set.
 
     Raises:
         InputError: for arguments that make no run.
@@ -53,15 +62,18 @@ def parse_run(args: list[str]) -> Run:
         preset, *overrides = args
     default = find_preset(preset)
     presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
-    run = parse_flags(
+    parse = partial(
+        parse_flags,
         Run,
         overrides,
-        default=default,
         prog=f"train.py {preset}",
         description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
         f"\n\nThe defaults below are those of {preset}.",
         hint="; the preset comes first" if PRESETS.keys() & set(overrides) else "",
     )
+    run = parse(default=default)
+    if run.resume:
+        run = parse(default=adopt_settings(default, run.out))
     check_init_from(run, default.model)
     return run
 

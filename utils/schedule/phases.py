@@ -1,5 +1,7 @@
 """What a run will do, phase by phase, known before it starts: sizes, tokens and work."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +41,10 @@ class ResolvedPhase:
     """Optimizer steps of the run before this phase."""
     first_token: int
     """Training tokens of the run before this phase."""
+    done_steps: int = 0
+    """Optimizer steps of this phase before the run was resumed."""
+    done_tokens: int = 0
+    """Training tokens of those steps, whose batches may have had another size."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,11 +54,12 @@ class ResolvedPhase:
     @property
     def tokens(self) -> int:
         """Training tokens of the phase."""
-        return self.steps * self.tokens_per_step
+        return self.tokens_at(self.steps) - self.first_token
 
     def tokens_at(self, step: int) -> int:
         """Returns the training tokens of the whole run after `step` steps of this phase."""
-        return self.first_token + step * self.tokens_per_step
+        new_tokens = (step - self.done_steps) * self.tokens_per_step
+        return self.first_token + self.done_tokens + new_tokens
 
     @property
     def checkpoint_files(self) -> list[str]:
@@ -107,6 +114,44 @@ def resolve_phases(run: Run, growth_history: tuple[Growth, ...] = ()) -> list[Re
         steps, tokens = steps + phase.steps, tokens + resolved.tokens
     check_file_names(phases)
     return phases
+
+
+def resume_phases(
+    phases: list[ResolvedPhase], number: int, step: int, first_token: int, tokens: int
+) -> list[ResolvedPhase]:
+    """Returns the phases of a run that goes on after `step` steps of phase `number`.
+
+    Args:
+        phases: All phases, as the settings from here on have them.
+        number: The phase under way.
+        step: Its optimizer steps so far.
+        first_token: Training tokens before it.
+        tokens: Training tokens of the whole run so far.
+    """
+    *past, current = phases[:number]
+    resumed = [
+        replace(current, first_token=first_token, done_steps=step, done_tokens=tokens - first_token)
+    ]
+    for phase in phases[number:]:
+        before = resumed[-1]
+        resumed.append(replace(phase, first_token=before.tokens_at(before.steps)))
+    return [*past, *resumed]
+
+
+def setting_phases(setting: str, phases: Sequence[ResolvedPhase]) -> Sequence[ResolvedPhase]:
+    """Returns the phases in whose training a setting has a part, given its dotted name."""
+    if match := re.fullmatch(r"training\.\w+_phase(\d)", setting):
+        return [phase for phase in phases if phase.number == int(match[1])]
+    if setting == "training.batch_size":
+        return phases[:2]
+    if match := re.fullmatch(r"phases\.(.+)\.\w+", setting):
+        return [phase for phase in phases if phase.name == match[1]]
+    return phases
+
+
+def lr_option(phase: ResolvedPhase, run: Run) -> str:
+    """Returns the option that sets a phase's peak learning rate."""
+    return f"--phases.{phase.name}.lr" if run.phases else f"--training.lr-phase{phase.number}"
 
 
 def final_lr(phase: Phase, next_trained: Phase | None, training: TrainingConfig) -> float:

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Run
+from config import Run, require
 from transfer import TrainState
 from utils.checkpoint.resume import (
     ResumeCheckpointer,
+    ResumePoint,
     RunFingerprint,
     TrainingProgress,
+    flatten_settings,
+    lasting_settings,
+    recorded_settings,
     remove_resume_points,
     resume_or_clear,
     run_fingerprint,
+    setting_changes,
 )
 from utils.checkpoint.run_dir import (
     check_disk,
@@ -34,8 +39,8 @@ from utils.data import (
     spread_windows,
     valid_windows,
 )
-from utils.metrics.console import run_header, run_summary
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history
+from utils.metrics.console import change_lines, run_header, run_summary
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history, run_record
 from utils.metrics.tracker import start_tracker
 from utils.optim.adamw import place_state
 from utils.plot.figure import plot
@@ -71,10 +76,9 @@ class RunSetup(NamedTuple):
     device: torch.device
     init_source: InitSource
 
-    @property
-    def files(self) -> list[str]:
-        """Names of the checkpoints that the run will write."""
-        return [name for phase in self.phases for name in phase.checkpoint_files]
+    def header(self) -> str:
+        """Returns what the run will do, as a text."""
+        return run_header(self.run, self.phases, self.corpus, self.valid, self.device)
 
     def fingerprint(self) -> RunFingerprint:
         """Returns what a resumption must have in common with this run."""
@@ -101,7 +105,7 @@ class RunContext:
     """Keeps points to resume from; None keeps none."""
     live_plot: LivePlot
     init_source: InitSource
-    resume_point: tuple[TrainingProgress, TrainState] | None = None
+    resume_point: ResumePoint | None = None
     phase_started_s: float = 0.0
     """Seconds that the run had taken when the current phase began."""
 
@@ -111,7 +115,7 @@ class RunContext:
         setup: RunSetup,
         history: History,
         checkpointer: ResumeCheckpointer | None = None,
-        resume_point: tuple[TrainingProgress, TrainState] | None = None,
+        resume_point: ResumePoint | None = None,
     ) -> "RunContext":
         """Returns the context of a run whose folder is held and whose history is open."""
         run, device = setup.run, setup.device
@@ -148,7 +152,7 @@ class RunContext:
             state = self.init_source.initial_state(self.run.model)
             progress = TrainingProgress.start_of(phase=0)
         else:
-            progress, state = self.resume_point
+            progress, state, _ = self.resume_point
             self.resume_point = None  # so that the state can be freed
         return place_state(state, self.run.training, self.device), progress
 
@@ -240,12 +244,13 @@ def prepare_run(init_source: InitSource) -> RunSetup:
 
 
 def announce_run(setup: RunSetup) -> None:
-    """Prints what a run will do.
+    """Prints what a run will do; one that is resumed says so once it knows where it goes on.
 
     Raises:
         InputError: if it is expected to need more memory or disk than there is.
     """
-    print(run_header(setup.run, setup.phases, setup.corpus, setup.valid, setup.device))
+    if not setup.run.resume or setup.run.dry_run:
+        print(setup.header())
     check_memory(setup.phases, setup.run, setup.device)
     check_disk(setup.run.out, setup.phases)
 
@@ -261,12 +266,19 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
     run = setup.run
     with lock_run_dir(run.out), explain_how_to_resume(run.out):
         fingerprint = setup.fingerprint()
-        point = resume_or_clear(run, setup.files, fingerprint)
-        kept = point[0] if point else None
-        length = kept.history_bytes if kept else None
+        point = resume_or_clear(run, setup.phases, fingerprint)
+        length = point.progress.history_bytes if point else None
         track = start_tracker(run.tracker, run.out)
         with History(run.out / HISTORY_FILE, length=length, also=track) as history:
+            is_as_kept = point is not None and not point.changes
+            kept = point.progress if point and is_as_kept else None
             checkpointer = ResumeCheckpointer(run, fingerprint, history, kept)
+            if point:
+                setup = setup._replace(phases=point.progress.resume(setup.phases))
+                point = record_changes(point, setup.phases, history, checkpointer)
+            if run.resume:
+                lines = change_lines(read_history(history.path))
+                tqdm.write("\n".join([setup.header(), *lines]))
             context = RunContext.from_setup(setup, history, checkpointer, point)
             del point  # so that the loaded state can be freed
             yield context
@@ -275,12 +287,66 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
         write_results(run)
 
 
-def finish_run(run: Run) -> None:
+def record_changes(
+    point: ResumePoint,
+    phases: list[ResolvedPhase],
+    history: History,
+    checkpointer: ResumeCheckpointer,
+) -> ResumePoint:
+    """Records which settings change at a point, and keeps the point anew, so that they hold from
+    here on wherever the run is stopped again. Returns the point to go on from."""
+    progress, state, changes = point
+    phase = phases[progress.phase - 1]
+    for change in changes:
+        history(
+            "change",
+            phase=phase.number,
+            phase_name=phase.name,
+            step=progress.step,
+            tokens=progress.tokens,
+            setting=change.name,
+            old=change.old,
+            new=change.new,
+        )
+    progress = progress._replace(history_bytes=history.size())
+    checkpointer.keep(progress, state)
+    return point._replace(progress=progress)
+
+
+def check_finished_run(init_source: InitSource) -> None:
+    """Raises InputError, which names what differs, unless the run that has ended in the folder is
+    this one."""
+    run, events = init_source.run, read_history(init_source.run.out / HISTORY_FILE)
+    record = run_record(events)
+    before = flatten_settings(record["config"])
+    sources = [
+        before.get(name) == value
+        for name, value in flatten_settings(asdict(run)).items()
+        if name == "init_from" or (name.startswith("data.") and name != "data.cache")
+    ]
+    if all(sources):  # then text and model need not be read to know that they are the same
+        vocab_size = run.model.vocab_size or before["model.vocab_size"]
+        run = replace(run, model=replace(run.model, vocab_size=vocab_size))
+        fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
+        settings = lasting_settings(asdict(run), *fingerprints)
+    else:
+        settings = prepare_run(init_source).fingerprint().settings
+    differences = "; ".join(map(str, setting_changes(recorded_settings(events), settings)))
+    require(
+        not differences,
+        f"{run.out} holds a finished run, which cannot go on as another: {differences}; "
+        "--out FOLDER goes elsewhere",
+    )
+
+
+def finish_run(init_source: InitSource) -> None:
     """Finishes a run that has ended, should something be left to do, and prints its summary.
 
     Raises:
-        InputError: if another run holds the folder.
+        InputError: if it is another run that has ended, or another process holds the folder.
     """
+    run = init_source.run
+    check_finished_run(init_source)
     with lock_run_dir(run.out), explain_how_to_resume(run.out):
         write_results(run)
 

@@ -1,7 +1,11 @@
 """The three parts of a phase: growing the model into it, training it, and saving the result."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from tqdm import tqdm
 
+from config import Run
 from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
 from utils.checkpoint.resume import TrainingProgress
@@ -9,11 +13,11 @@ from utils.generate import Sampling, write_stories
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
-from utils.runtime.errors import RunStopped
+from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.signals import Stopped, defer_signals
 from utils.schedule.lr import lr_at
 from utils.schedule.memory import explain_out_of_memory
-from utils.schedule.phases import ResolvedPhase
+from utils.schedule.phases import ResolvedPhase, lr_option
 from utils.training.context import RunContext
 from utils.training.evaluate import evaluate_fp32
 from utils.training.reporter import PhaseReporter
@@ -70,7 +74,9 @@ def train_phase(
     training = context.run.training
     if not progress.is_inside(phase):
         started = context.phase_started_s
-        progress = TrainingProgress.start_of(phase.number, context.history.size(), started)
+        progress = TrainingProgress.start_of(
+            phase.number, context.history.size(), started, phase.first_token
+        )
     with explain_out_of_memory(phase, training.micro_batch_size):
         optimizer = build_optimizer(state, training, context.dtype, phase.growth_history)
         step = make_train_step(optimizer, training, context.dtype, phase.steps - progress.step)
@@ -88,7 +94,7 @@ def train_phase(
                 with reporter.metrics.paused():
                     checkpointer.keep(progress, optimizer.snapshot())
 
-        with reporter.bar:
+        with reporter.bar, advise_lower_lr(phase, context.run):
             try:
                 while True:
                     if checkpointer and checkpointer.is_due(progress.step, phase.steps):
@@ -97,15 +103,26 @@ def train_phase(
                     if progress.step == phase.steps:
                         break
                     tokens = next(stream)
-                    optimizer.set_lr(lr_at(progress.step, phase, training))
+                    lr = lr_at(progress.step, phase, training)
+                    optimizer.set_lr(lr)
                     with defer_signals():  # a signal finds the step done or not begun
-                        progress = reporter.advance(progress, step(tokens))
+                        progress = reporter.advance(progress, lr, step(tokens))
             except Stopped:
                 keep_point(progress)
                 raise
         del step  # and with it what a captured step holds
         # A signal from here on finds the phase's end kept.
         return place_state(optimizer.into_train_state(), training, context.device)
+
+
+@contextmanager
+def advise_lower_lr(phase: ResolvedPhase, run: Run) -> Iterator[None]:
+    """Adds to NotFinite what to change before the run goes on."""
+    try:
+        yield
+    except NotFinite as error:
+        option = lr_option(phase, run)
+        raise NotFinite(f"{error}; choose a lower {option} than {phase.lr:g}") from error
 
 
 def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> None:

@@ -12,7 +12,6 @@ from utils.metrics.diagnostics import copied_matrices, underused_experts, weight
 from utils.metrics.history import loss_above_growth, phase_events, read_history
 from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
 from utils.optim.adamw import Optimizer, lr_scale_range
-from utils.schedule.lr import lr_at
 from utils.schedule.phases import ResolvedPhase
 from utils.training.context import RunContext
 from utils.training.evaluate import evaluate, evaluate_fp32
@@ -25,7 +24,7 @@ class PhaseReporter:
     """Reports on the phase that goes on from `progress`."""
 
     def __init__(self, phase: ResolvedPhase, context: RunContext, progress: TrainingProgress):
-        self.phase, self.context, self.step = phase, context, progress.step
+        self.phase, self.context, self.step, self.lr = phase, context, progress.step, progress.lr
         self.metrics = MetricAccumulator(context.device, phase.tokens_per_step, progress.metrics)
         is_first = (phase.number, self.step) == (1, 0)
         self.eta = EtaEstimator(context.phases, context.device) if is_first else None
@@ -47,13 +46,18 @@ class PhaseReporter:
         """The phase and step, as error messages name them."""
         return f"{self.phase}, step {self.step}"
 
-    def advance(self, progress: TrainingProgress, metrics: Tensor) -> TrainingProgress:
-        """Counts one more step and its STEP_METRICS, without waiting for the device. Returns the
-        progress after it."""
+    def advance(self, progress: TrainingProgress, lr: float, metrics: Tensor) -> TrainingProgress:
+        """Counts one more step, its learning rate and its STEP_METRICS, without waiting for the
+        device. Returns the progress after it."""
         self.metrics.add(metrics)
-        self.step += 1
-        length = self.context.history.size()
-        return progress._replace(step=self.step, metrics=self.metrics.state(), history_bytes=length)
+        self.step, self.lr = self.step + 1, lr
+        return progress._replace(
+            step=self.step,
+            metrics=self.metrics.state(),
+            history_bytes=self.context.history.size(),
+            tokens=self.phase.tokens_at(self.step),
+            lr=lr,
+        )
 
     def report(self, optimizer: Optimizer) -> None:
         """Logs and evaluates what is due after this step."""
@@ -72,9 +76,8 @@ class PhaseReporter:
 
     def log(self, measured: dict[str, float]) -> None:
         """Writes a `step` line of what was measured since the last one."""
-        lr = lr_at(self.step - 1, self.phase, self.context.run.training)
         low, high = self.lr_scale_range
-        self.record("step", lr=lr, lr_min=low * lr, lr_max=high * lr, **measured)
+        self.record("step", lr=self.lr, lr_min=low * self.lr, lr_max=high * self.lr, **measured)
         self.last |= measured
         self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
 
@@ -100,8 +103,9 @@ class PhaseReporter:
             values["valid_loss_fp32"] = evaluate_fp32(model, valid.regular, batch_size)
         event = {"event": "eval", "phase": phase.number, "valid_loss": loss}
         self.events.append(event | values)
-        if above := loss_above_growth(self.events, phase.number):
-            _, values["above_growth"] = above[-1]
+        for evaluated, above in loss_above_growth(self.events, phase.number)[-1:]:
+            if evaluated is self.events[-1]:
+                values["above_growth"] = above
         values |= weight_stats(self.copied, weights)
         self.record("eval", valid_loss=loss, **values)
         tqdm.write(progress_line(phase, self.step, self.last, values.get("above_growth")))
