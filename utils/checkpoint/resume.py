@@ -154,8 +154,13 @@ def lasting_settings(config: dict, corpus: str, init_source: str) -> dict[str, o
 
 
 def recorded_settings(events: list[dict]) -> dict[str, object]:
-    """Returns the settings of a run, as the last changes have left them, from its history."""
+    """Returns the settings of a run, as the last changes have left them, from its history.
+
+    Raises:
+        InputError: if the history does not begin with them.
+    """
     record = run_record(events)
+    require("config" in record, f"{HISTORY_FILE} does not begin with the settings of a run")
     fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
     changes = {event["setting"]: event["new"] for event in select_events(events, "change")}
     return lasting_settings(record["config"], *fingerprints) | changes
@@ -173,10 +178,10 @@ def adopt_settings(default: Run, out: Path) -> Run:
     was left with them."""
     path = out / HISTORY_FILE
     events = read_history(path) if path.exists() else []
-    record = run_record(events)
-    if not record or list(default.phases) != list(record["config"]["phases"]):
-        return default  # no run, or another one: what differs is named when it is to go on
-    for name, value in recorded_settings(events).items():
+    settings = recorded_settings(events) if events else {}
+    if settings.get("phases", []) != list(default.phases):
+        return default  # another run: what differs is named when it is to go on
+    for name, value in settings.items():
         if ADJUSTABLE.fullmatch(name):
             default = set_field(default, name, value)
     return default

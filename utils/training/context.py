@@ -317,7 +317,7 @@ def check_finished_run(init_source: InitSource) -> None:
     """Raises InputError, which names what differs, unless the run that has ended in the folder is
     this one."""
     run, events = init_source.run, read_history(init_source.run.out / HISTORY_FILE)
-    record = run_record(events)
+    old, record = recorded_settings(events), run_record(events)
     before = flatten_settings(record["config"])
     sources = [
         before.get(name) == value
@@ -328,10 +328,10 @@ def check_finished_run(init_source: InitSource) -> None:
         vocab_size = run.model.vocab_size or before["model.vocab_size"]
         run = replace(run, model=replace(run.model, vocab_size=vocab_size))
         fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
-        settings = lasting_settings(asdict(run), *fingerprints)
+        new = lasting_settings(asdict(run), *fingerprints)
     else:
-        settings = prepare_run(init_source).fingerprint().settings
-    differences = "; ".join(map(str, setting_changes(recorded_settings(events), settings)))
+        new = prepare_run(init_source).fingerprint().settings
+    differences = "; ".join(map(str, setting_changes(old, new)))
     require(
         not differences,
         f"{run.out} holds a finished run, which cannot go on as another: {differences}; "
