@@ -116,6 +116,14 @@ def test_every_phase_ends_with_stories_that_its_model_writes_with_the_runs_seed(
         assert all(s.startswith(p) and s != p for s, p in zip(stories, PROMPTS, strict=True))
 
 
+def test_a_checkpoint_says_how_its_model_came_about(train_schedule, base_run):
+    training = replace(TRAINING, load_balance_coef=0.25)
+    _, saved = train_schedule(training, dense=Phase(steps=1), moe=Phase(Upcycle(4), steps=0))
+    assert [each.phase_name for each in saved] == ["dense", "moe"]
+    assert [each.growth_history for each in saved] == [(), (Upcycle(4),)]
+    assert {(each.seed, each.load_balance_coef) for each in saved} == {(base_run.seed, 0.25)}
+
+
 def test_a_phase_cut_in_two_is_the_same_training_and_no_steps_hand_the_model_on(train_schedule):
     flat = replace(TRAINING, warmup_fraction=0.0, min_lr_ratio=1.0)
     model = replace(MODEL, num_experts=4)

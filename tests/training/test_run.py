@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -58,6 +58,8 @@ def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
     assert {event["event"] for event in events} == FIELDS.keys()
     assert all(set(FIELDS[event["event"]].split()) <= event.keys() for event in events)
     assert [event["event"] for event in (events[0], events[-1])] == ["run", "end"]
+    settings = json.loads(json.dumps(asdict(finished), default=str))
+    assert (events[0]["config"], events[0]["seed"]) == (settings, finished.seed)
     phases = [(event["phase"], event["phase_name"]) for event in events[1:-1]]
     assert list(dict.fromkeys(phases)) == list(enumerate(("dense", "moe", "wide", "deep"), 1))
     times, tokens = ([e[name] for e in events if name in e] for name in ("wall_s", "tokens"))
