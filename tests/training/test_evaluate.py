@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from config import Deepen, Phase, Upcycle, Widen
-from tests.helpers.small_models import reference_loss
+from tests.helpers.small_models import MOE, random_model, reference_loss, windows
 from tests.helpers.small_runs import MODEL, TRAINING
 from train import main
 from utils.checkpoint.model import load_checkpoint
@@ -19,6 +19,7 @@ from utils.metrics.diagnostics import UNDERUSED_SHARE
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
+from utils.training.evaluate import evaluate
 
 SCHEDULE = {
     "dense": Phase(steps=20, batch_size=8, lr=1e-2),
@@ -84,6 +85,15 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
     )
     assert header["final_eval_documents"] == header["valid_documents"] == 25
     assert header["train_sources"] == ["train.txt"] and header["valid_sources"] == ["valid.txt"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 5])
+def test_every_window_counts_alike_however_many_are_evaluated_at_a_time(batch_size):
+    model, tokens = random_model(MOE).float(), windows(MOE, 5)
+    loss, usage = evaluate(model, tokens, torch.float32, batch_size)
+    assert loss == pytest.approx(reference_loss(model, tokens).item(), rel=1e-5)
+    _, at_once = evaluate(model, tokens, torch.float32, 5)
+    assert_close(torch.tensor(usage["expert_load"]), torch.tensor(at_once["expert_load"]))
 
 
 def test_the_loss_in_float32_goes_on_from_where_it_was_before_the_growth(finished):

@@ -66,6 +66,10 @@ def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
     assert times == sorted(times) and tokens == sorted(tokens) and tokens[-1] == 1664
     steps = [event["step"] for event in select_events(events, "eval")]
     assert steps == [0, 3, 5] * 2 + [0, 3, 4] * 2
+    steps = [event["step"] for event in select_events(events, "step")]
+    assert steps == [2, 4, 5] * 2 + [2, 4] * 2
+    seconds = [event["phase_s"] for event in events if event.get("trained")]
+    assert 0 < sum(seconds) <= events[-1]["wall_s"]
 
 
 def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):
