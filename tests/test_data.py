@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from config import DataConfig, InputError, tiny
 from utils import data
@@ -167,11 +168,31 @@ def test_the_end_of_a_text_of_one_document_is_validation_text(prepare, tmp_path)
 
 
 def test_a_tokenizer_must_fit_the_model(prepare, tmp_path):
-    learn_tokenizer(builtin_stories(30), 300).save(str(tmp_path / "tokenizer.json"))
-    corpus = prepare(tokenizer=str(tmp_path), vocab_size=300)
+    tokenizer = learn_tokenizer(builtin_stories(30), 300)
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts, file = list(builtin_stories(30)), tmp_path / "a.txt"
+    file.write_text(SEPARATOR.join(texts))
+    corpus = prepare(file, tokenizer=str(tmp_path), vocab_size=300)  # no text has a [PAD]
     assert corpus.train[-1] == corpus.valid[-1] == corpus.special_tokens.eos_id
-    with pytest.raises(InputError, match=r"data.tokenizer = .* 300 tokens.*model.vocab_size = 299"):
-        prepare(tokenizer=str(tmp_path), vocab_size=299)
+    assert corpus.vocab_size == 301 and corpus.max_id == max(corpus.train) < 300
+    file.write_text(SEPARATOR.join([*texts, "[PAD]", *texts]))
+    for _ in range(2):  # read anew, and from the cache
+        with pytest.raises(
+            InputError, match=r"a.txt: token 300 \('\[PAD\]'\).* has 300 \(model.vo"
+        ):
+            prepare(file, tokenizer=str(tmp_path), vocab_size=300)
+    assert prepare(file, tokenizer=str(tmp_path), vocab_size=301).max_id == 300
+
+
+def test_the_end_of_a_text_must_fit_the_model(prepare, tmp_path, monkeypatch):
+    text = learn_tokenizer(builtin_stories(30), 300).to_str().replace(SEPARATOR, "<begin>")
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.add_special_tokens([SEPARATOR])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(data, "write_tokens", lambda *args: pytest.fail("it is read for nothing"))
+    with pytest.raises(InputError, match=r"^data.tokenizer = .*: token 300 \('<.endoftext.>'\)"):
+        prepare(tokenizer=str(tmp_path), vocab_size=300)
 
 
 def test_a_tokenizer_may_be_the_file_itself(prepare, tmp_path):

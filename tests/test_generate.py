@@ -197,7 +197,10 @@ def test_a_prompt_follows_what_its_tokenizer_puts_in_front_of_every_text(tokeniz
 
 def test_no_character_is_printed_by_halves(tokenizer):
     text = "né 日本 🙂"
-    ids, (start,) = encode_prompts(tokenizer, [text])[0], encode_prompts(tokenizer, ["On"])
+    ids, (start,) = (
+        encode_prompts(tokenizer, [text], 300)[0],
+        encode_prompts(tokenizer, ["On"], 300),
+    )
     assert any(REPLACEMENT in tokenizer.decode([i]) for i in ids)
     half = ids[-1:]  # a last byte without the first
     for other in ids, ids[:-1], half + ids, []:
@@ -250,6 +253,19 @@ def test_a_bad_setting_is_refused_by_name(checkpoint, changed, reason):
     settings = {"prompts": (PROMPT,), "device": "cpu"} | changed
     with pytest.raises(InputError, match=re.escape(reason)):
         main(checkpoint, settings.pop("prompts"), **settings)
+
+
+def test_a_prompt_that_the_model_has_no_row_for_is_one_line_that_names_the_token(
+    model, tokenizer, tmp_path
+):
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["[PAD]"])
+    weights = TrainState.from_model(model).weights
+    save_checkpoint(tmp_path / "a.pt", Checkpoint(CONFIG, weights, tokenizer.to_str(), 0))
+    named = r"^prompt = '\[PAD\] One': token 300 \('\[PAD\]'\) is none of the model's, .* 300 \("
+    with pytest.raises(InputError, match=named):
+        main(tmp_path / "a.pt", ("One", "[PAD] One"), device="cpu")
+    main(tmp_path / "a.pt", ("One",), length=2, device="cpu")
 
 
 def test_whoever_has_read_enough_leaves_without_a_traceback(checkpoint):

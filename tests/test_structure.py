@@ -136,6 +136,12 @@ def test_no_file_imports_a_command():
     assert not found
 
 
+def test_every_command_ends_as_run_command_says():
+    bodies = [path.read_text().partition("\nif __name__ == ")[2] for path in source_files()]
+    commands = [body for body in bodies if body.startswith('"__main__":\n')]
+    assert len(commands) >= 6 and all("run_command(" in body for body in commands)
+
+
 def test_packages_of_utils_import_nothing_by_themselves():
     assert not [p for p in (ROOT / "utils").rglob("__init__.py") if p.read_text().strip()]
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from config import (
     Deepen,
     Growth,
-    InputError,
     ModelConfig,
     Tolerance,
     Upcycle,
@@ -46,6 +45,7 @@ from transfer.growth import make_plan
 from transfer.plan import Tile, TrainState, apply_plan
 from utils.checkpoint.model import load_checkpoint
 from utils.optim.commutation import MAX_GAP, STEPS_AFTER, CommutationTest, mutations
+from utils.runtime.cli import run_command
 from utils.runtime.device import dtype_name
 
 DENSE = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, d_ff=48, seq_len=32)
@@ -265,17 +265,13 @@ def main() -> None:
     torch.set_num_threads(1)  # a second thread slows models as small as these down
     if (args.before is None) != (args.after is None):
         parser.error("--before and --after belong together")
-    try:
-        if args.before:
-            all_held = compare_checkpoints(args.before, args.after)
-        else:
-            all_held = prove_growths() & prove_commutation()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if args.before:
+        all_held = compare_checkpoints(args.before, args.after)
+    else:
+        all_held = prove_growths() & prove_commutation()
     print("every law holds" if all_held else "NOT every law holds")
     sys.exit(not all_held)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

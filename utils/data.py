@@ -30,6 +30,7 @@ from utils.text.special_tokens import SpecialTokens
 from utils.text.token_cache import cached_folder
 from utils.text.tokenizer import (
     TOKENIZER_JSON,
+    check_token_ids,
     embedding_rows,
     load_tokenizer,
     resolve_tokenizer_name,
@@ -53,7 +54,9 @@ class Corpus:
     tokenizer: Tokenizer
     special_tokens: SpecialTokens
     vocab_size: int
-    """Rows that an embedding of the tokens needs."""
+    """Rows that an embedding of all the tokenizer's tokens needs."""
+    max_id: int
+    """The highest id among the tokens."""
     name: str
     """`data.source`; for `auto`, the source that it came to be."""
     is_fallback: bool
@@ -113,17 +116,9 @@ def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], No
         require(is_same, f"data.source = {config.source} changed while it was read; run again")
 
     corpus = open_corpus(cached_folder(config.cache, identity, build, warn), config.source)
-    check_vocab_size(config, corpus.vocab_size, vocab_size)
+    subject, rows = f"data.source = {config.source}", vocab_size or corpus.vocab_size
+    check_token_ids(subject, [corpus.max_id], corpus.tokenizer, rows)
     return corpus
-
-
-def check_vocab_size(config: DataConfig, size: int, vocab_size: int) -> None:
-    """Raises InputError if a tokenizer of `size` tokens is too large for the model."""
-    require(
-        not vocab_size or size <= vocab_size,
-        f"data.tokenizer = {config.tokenizer} has {size} tokens, "
-        f"more than model.vocab_size = {vocab_size} has room for",
-    )
 
 
 def tokenize_source(
@@ -132,7 +127,7 @@ def tokenize_source(
     """Writes a source's tokens, its tokenizer and what `open_corpus` needs to know into a folder.
 
     Raises:
-        InputError: if the source holds no text, or the tokenizer is too large for the model.
+        InputError: if the source holds no text, or the model has no row for the end of a text.
     """
     splits = source.get_splits()
 
@@ -146,11 +141,12 @@ def tokenize_source(
         tokenizer_name, vocab_size, read_train_text, config.eos_token
     )
     size = embedding_rows(tokenizer)
-    check_vocab_size(config, size, vocab_size)
+    eos_id = special_tokens.eos_id
+    check_token_ids(f"data.tokenizer = {tokenizer_name}", [eos_id], tokenizer, vocab_size or size)
     (folder / TOKENIZER_JSON).write_text(tokenizer.to_str(), encoding="utf-8")
     dtype = np.dtype(np.uint16 if size <= 2**16 else np.uint32)
     train, valid = folder / TRAIN_FILE, folder / VALID_FILE
-    documents = write_tokens(read_chunks(), tokenizer, special_tokens.eos_id, dtype, train, valid)
+    written = write_tokens(read_chunks(), tokenizer, eos_id, dtype, train, valid)
     require(train.stat().st_size > 0, f"data.source = {config.source}: there is no text in it")
     hashes = hash_file(train) + hash_file(valid)
     meta = {
@@ -158,9 +154,8 @@ def tokenize_source(
         "vocab_size": size,
         "dtype": dtype.name,
         "fingerprint": hashlib.sha256(bytes.fromhex(hashes)).hexdigest()[:16],
-        "train_documents": documents[0],
-        "valid_documents": documents[1],
         "record": asdict(splits.record),
+        **written._asdict(),
     }
     (folder / META_FILE).write_text(json.dumps(meta))
 
@@ -171,10 +166,11 @@ def open_corpus(folder: Path, name: str) -> Corpus:
     dtype, record = meta.pop("dtype"), TextRecord(**meta.pop("record"))
     special = meta.pop("special_tokens")
     special["stop_ids"] = tuple(special["stop_ids"])
+    vocabulary = (folder / TOKENIZER_JSON).read_text(encoding="utf-8")
     return Corpus(
         train=map_tokens(folder / TRAIN_FILE, dtype),
         valid=map_tokens(folder / VALID_FILE, dtype),
-        tokenizer=Tokenizer.from_file(str(folder / TOKENIZER_JSON)),
+        tokenizer=Tokenizer.from_str(vocabulary),  # from_file takes no path that is not UTF-8
         special_tokens=SpecialTokens(**special),
         name=name,
         is_fallback=False,

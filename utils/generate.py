@@ -21,9 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from config import NonNegativeFloat, NonNegativeInt, Range, Seed, check_fields, require
 from models import SLM, KVCache
 from utils.checkpoint.model import load_checkpoint
-from utils.runtime.cli import run_command
+from utils.runtime.cli import decode_argument, run_command
 from utils.runtime.device import choose_device
 from utils.text.special_tokens import start_ids
+from utils.text.tokenizer import check_token_ids
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Stands for bytes that are no character."""
@@ -129,13 +130,21 @@ def generate(
     return added
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], vocab_size: int
+) -> list[list[int]]:
     """Returns the tokens of each prompt, behind those that the tokenizer puts in front of a text.
-    Raises InputError for a prompt without any."""
-    first = start_ids(tokenizer)
-    starts = [first + tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
-    for start, prompt in zip(starts, prompts, strict=True):
-        require(len(start) > 0, f"prompt = {prompt!r} is empty")
+
+    Raises:
+        InputError: for a prompt that is no text, has no token, or has one that is none of the
+            `vocab_size` tokens of the model.
+    """
+    first, starts = start_ids(tokenizer), []
+    for prompt in prompts:
+        text = decode_argument("prompt", prompt)
+        starts.append(first + tokenizer.encode(text, add_special_tokens=False).ids)
+        require(len(starts[-1]) > 0, f"prompt = {prompt!r} is empty")
+        check_token_ids(f"prompt = {prompt!r}", starts[-1], tokenizer, vocab_size)
     return starts
 
 
@@ -150,9 +159,9 @@ def write_stories(
     """Returns each of `prompts` and how the model continues it, in up to `length` tokens.
 
     Raises:
-        InputError: for a prompt without any token.
+        InputError: for a prompt that `encode_prompts` refuses.
     """
-    starts = encode_prompts(tokenizer, prompts)
+    starts = encode_prompts(tokenizer, prompts, model.config.vocab_size)
     added = generate(model, starts, length, stop_ids, sampling)
     return [tokenizer.decode(start + more) for start, more in zip(starts, added, strict=True)]
 
@@ -215,7 +224,7 @@ def main(
     require(len(prompts) > 0, "prompts = () is empty: say how a story begins")
     saved = load_checkpoint(checkpoint)
     tokenizer = Tokenizer.from_str(saved.tokenizer)
-    starts = encode_prompts(tokenizer, prompts)
+    starts = encode_prompts(tokenizer, prompts, saved.config.vocab_size)
     # An imported model may have a router in float32 between layers in bfloat16.
     dtype = reduce(torch.promote_types, (weight.dtype for weight in saved.weights.values()))
     model = saved.state.model().to(choose_device(device), dtype)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from config import InputError, ModelConfig
@@ -155,6 +157,26 @@ def test_a_text_to_compare_on_that_cannot_be_read_or_is_too_short_is_named(hf_fo
     with pytest.raises(InputError, match=r"short.txt has \d+ tokens, not the 65 needed"):
         grow_folder(source, out, deepen=1, text=tmp_path / "short.txt")
     assert not out.exists()
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for_is_one_line(
+    hf_folders, story_file, tmp_path
+):
+    small = Path(shutil.copytree(hf_folders["llama3"], tmp_path / "small"))
+    tokenizer = Tokenizer.from_file(str(small / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(small / "tokenizer.json"))
+    grow_folder(str(small), tmp_path / "a", deepen=1, text=story_file)
+    story_file.write_text("[PAD]" + story_file.read_text())
+    with pytest.raises(
+        InputError, match=r"text = .*: token 300 \('\[PAD\]'\) is none of the model"
+    ):
+        grow_folder(str(small), tmp_path / "b", deepen=1, text=story_file)
+
+
+def test_a_folder_whose_path_is_not_utf_8_is_refused_before_any_work(hf_folders, tmp_path):
+    with pytest.raises(InputError, match=r"need a path in UTF-8"):
+        grow_folder(str(hf_folders["llama3"]), tmp_path / "caf\udce9", deepen=1)
 
 
 def test_a_folder_is_replaced_only_if_asked_to_and_only_if_it_is_a_model_s(hf_folders, tmp_path):

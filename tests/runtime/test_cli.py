@@ -1,5 +1,6 @@
 """From the command line to a run, and what a command says and returns as it ends."""
 
+import io
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from config import PRESETS, Deepen, InputError, Phase, Run, Widen, full, tiny
 from tests.helpers.damage import capture_command
 from train import main
 from utils.metrics.history import HISTORY_FILE, History
-from utils.runtime.cli import parse_run, run_command
+from utils.runtime.cli import decode_argument, parse_run, run_command
 from utils.runtime.errors import RunStopped
 from utils.runtime.signals import Stopped
 
@@ -128,6 +129,24 @@ def test_success_and_errors_of_the_program_itself_pass_through():
     run_command(lambda: None)
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: print(1 / 0))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_no_character_stops_a_command(encoding, stream, monkeypatch):
+    text, raw = "café, мир, \udce9", io.BytesIO()
+    monkeypatch.setattr(sys, stream, io.TextIOWrapper(raw, encoding))
+    run_command(lambda: print(text, file=getattr(sys, stream), flush=True))
+    assert raw.getvalue().rstrip() == text.encode(encoding, "backslashreplace")
+
+
+def test_an_argument_is_text_in_any_locale_or_is_named():
+    assert decode_argument("prompt", "café") == "café"
+    in_ascii = "café".encode().decode("ascii", "surrogateescape")
+    assert decode_argument("prompt", in_ascii) == "café"
+    for value in ("\udce9", "\ud83d"):
+        with pytest.raises(InputError, match=r"^prompt = '.ud\w+' is not text"):
+            decode_argument("prompt", value)
 
 
 def test_a_command_whose_output_nobody_reads_on_ends_without_a_word():

@@ -1,11 +1,13 @@
 """Growing, training and saving a phase."""
 
+import io
+import sys
 from dataclasses import replace
 from time import sleep
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 
 from config import Deepen, Phase, Tolerance, Upcycle, Widen
@@ -19,6 +21,7 @@ from utils.generate import Sampling, write_stories
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.plot.figure import make_figure
 from utils.runtime.atomic_io import save_tensors
+from utils.runtime.cli import run_command
 from utils.runtime.errors import RunStopped
 from utils.training.context import check_run, open_run, prepare_run
 from utils.training.phase import PROMPTS, grow_and_verify
@@ -122,6 +125,28 @@ def test_a_checkpoint_says_how_its_model_came_about(train_schedule, base_run):
     assert [each.phase_name for each in saved] == ["dense", "moe"]
     assert [each.growth_history for each in saved] == [(), (Upcycle(4),)]
     assert {(each.seed, each.load_balance_coef) for each in saved} == {(base_run.seed, 0.25)}
+
+
+def test_no_character_and_no_byte_of_a_path_stops_a_run(base_run, tmp_path, monkeypatch):
+    """A tokenizer that knows a few letters, a terminal that shows others, a path that is none."""
+    letters = {letter: i for i, letter in enumerate(["<|endoftext|>", *"日本Oneday "])}
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    Tokenizer(models.BPE(letters, [])).save(f"{tmp_path}/tokenizer.json")
+    (folder / "a.txt").write_text("日本 Oneday" * 300, encoding="utf-8")
+    data = replace(
+        base_run.data, source=f"{folder}/a.txt", tokenizer=str(tmp_path), cache=folder / "cache"
+    )
+    phases = {"only": Phase(steps=2)}
+    run = replace(base_run, data=data, training=TRAINING, phases=phases, out=folder / "run")
+    run = replace(run, model=replace(MODEL, vocab_size=0))
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "cp1252", write_through=True))
+    run_command(lambda: main(run))
+    (trained,) = select_events(read_history(run.out / HISTORY_FILE), "checkpoint")
+    assert trained["samples"], "some prompts have letters that it knows"
+    shown = raw.getvalue().decode("cp1252")
+    assert "\\u65e5" in shown and "training_curves.png" in shown and "failed" not in shown
 
 
 def test_a_phase_cut_in_two_is_the_same_training_and_no_steps_hand_the_model_on(train_schedule):

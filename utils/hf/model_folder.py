@@ -18,7 +18,7 @@ from utils.hf.config_json import CONFIG_FILE
 from utils.hf.state_dict import to_hf
 from utils.runtime.atomic_io import atomic_folder, explain_write_errors
 from utils.runtime.device import dtype_name
-from utils.runtime.formatting import format_architecture, format_params
+from utils.runtime.formatting import format_architecture, format_name, format_params
 
 
 @contextmanager
@@ -26,9 +26,15 @@ def new_model_folder(folder: Path, overwrite: bool, weight_bytes: int) -> Iterat
     """Yields an empty folder that takes the place of `folder` once it is complete.
 
     Raises:
-        InputError: if `folder` is there, unless it is a model's and to be overwritten; if the disk
-            has no room for `weight_bytes`; if the system refuses to write.
+        InputError: if `folder` is there, unless it is a model's and to be overwritten; if its path
+            is not UTF-8; if the disk has no room for `weight_bytes`; if
+            the system refuses to write.
     """
+    path = str(folder.resolve())
+    require(
+        format_name(path) == path,
+        f"{folder}: safetensors and transformers need a path in UTF-8 (is PYTHONUTF8=1 set?)",
+    )
     if folder.exists():
         require(overwrite, f"{folder} is there already: --overwrite replaces it")
         require(
@@ -124,10 +130,11 @@ def model_card(
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["model-growth"]
     )
-    return ModelCard(
+    text = (
         f"---\n{data}\n---\n\n# {name}\n\n{describe_model(config)}, context {config.seq_len:,}.\n\n"
         f"{training}. {grown}\n"
     )
+    return ModelCard(format_name(text))
 
 
 def describe_growth(growth: Growth) -> str:

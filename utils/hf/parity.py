@@ -18,7 +18,7 @@ from utils.data import spread_starts, spread_windows
 from utils.runtime.errors import RunStopped
 from utils.runtime.hub import first_line
 from utils.text.builtin.stories import builtin_stories
-from utils.text.tokenizer import TOKENIZER_JSON
+from utils.text.tokenizer import TOKENIZER_JSON, check_token_ids
 
 PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 """Number of windows that an exported or grown model is compared on, and tokens in each."""
@@ -106,7 +106,7 @@ def some_stories() -> str:
 
 def text_probe(tokenizer: Tokenizer, config: ModelConfig, text: str, source: str) -> Tensor:
     """Returns windows (B, T + 1) that are spread evenly over a text. Raises InputError, naming its
-    `source`, if it is shorter than a window."""
+    `source`, if it is shorter than a window or has a token that the model has no row for."""
     length = min(PROBE_TOKENS, config.seq_len)
     size = MAX_CHARS_PER_TOKEN * (length + 1)
     is_long = len(text) > PROBE_WINDOWS * size  # a long text is not encoded whole
@@ -116,6 +116,7 @@ def text_probe(tokenizer: Tokenizer, config: ModelConfig, text: str, source: str
     for piece in pieces:
         ids = tokenizer.encode(piece, add_special_tokens=False).ids
         require(len(ids) > length, f"{source} has {len(ids)} tokens, not the {length + 1} needed")
+        check_token_ids(source, ids, tokenizer, config.vocab_size)
         windows.append(spread_windows(np.array(ids), length, PROBE_WINDOWS // len(pieces)))
     return torch.cat(windows)
 

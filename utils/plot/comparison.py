@@ -16,6 +16,7 @@ from utils.plot.losses import (
     final_loss,
     loss_limits,
 )
+from utils.runtime.formatting import format_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +36,9 @@ def draw_comparison(axes: "Axes", runs: Mapping[str, list[dict]]) -> None:
         label = f"{name}: {final_loss(events)} in {elapsed_time(events)} on {corpus_name(events)}"
         axes.plot(*training, color=color, alpha=0.2, linewidth=1)
         # The legend leaves out labels that begin with an underscore.
-        axes.plot(*validation, style, color=color, linewidth=2, label=label.lstrip("_"))
+        axes.plot(
+            *validation, style, color=color, linewidth=2, label=format_name(label).lstrip("_")
+        )
         for grow in select_events(events, "grow"):
             y = np.interp(grow["x"], *(validation if validation[0].size else training))
             marker = GROWTH_MARKERS[grow["growth"]]

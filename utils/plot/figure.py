@@ -19,6 +19,7 @@ from utils.plot.comparison import draw_comparison
 from utils.plot.losses import corpus_name, describe_phase, draw_losses, elapsed_time, final_loss
 from utils.plot.panels import choose_panels
 from utils.runtime.atomic_io import atomic_file, explain_write_errors
+from utils.runtime.formatting import format_name
 
 if TYPE_CHECKING:  # matplotlib takes long to import: a run does it when it draws, not at its start
     from matplotlib.figure import Figure
@@ -129,4 +130,4 @@ def draw_run(figure: "Figure", events: list[dict], unit: str) -> None:
         draw(row, phases, unit)
     source, device = corpus_name(events), run["device"]
     title = f"{source} on {device}, {elapsed_time(events)}: {final_loss(events)}"
-    figure.suptitle(title, x=0.01, ha="left", wrap=True)
+    figure.suptitle(format_name(title), x=0.01, ha="left", wrap=True)

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -23,7 +23,11 @@ T = TypeVar("T")
 
 def run_command(command: Callable[[], None]) -> None:
     """Runs `command` and exits: with 0, or with one line on stderr and 2 for bad input, 1 for a run
-    that had to stop, 130 for Ctrl-C, 143 for SIGTERM, 141 if nobody reads on (`| head`)."""
+    that had to stop, 128 + its number for a signal (130 for Ctrl-C), 141 if nobody reads on
+    (`| head`). What a terminal cannot show is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with raise_on_signals():
             command()
@@ -39,9 +43,22 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def exit_with(message: str, code: int) -> None:
-    """Prints a line on stderr and exits."""
-    print(message, file=sys.stderr)
+    """Prints a line on stderr, unless the terminal has gone, and exits."""
+    with suppress(OSError):
+        print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def decode_argument(name: str, value: str) -> str:
+    """Returns an argument as text, also where the locale is not UTF-8 and the argument is.
+
+    Raises:
+        InputError: with the argument's `name`, for bytes that are no text.
+    """
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise InputError(f"{name} = {value!r} is not text in UTF-8") from None
 
 
 def parse_run(

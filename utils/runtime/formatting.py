@@ -30,6 +30,12 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def format_name(name: str) -> str:
+    """Returns a name, or a text with names in it, as UTF-8 can hold it: with a question mark for
+    each byte of a file's name that is no part of a character."""
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
 def format_architecture(config: ModelConfig) -> str:
     """Returns a model's shape: `12 x 512, 8 experts, top-2`."""
     kind = f"{config.num_experts} experts, top-{config.top_k}" if config.num_experts else "dense"

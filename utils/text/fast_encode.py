@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +34,15 @@ Encode = Callable[[list[str]], list[bytes]]
 """Returns for each text its ids as bytes of a fixed dtype."""
 
 
+class WrittenText(NamedTuple):
+    """What `write_tokens` has written."""
+
+    train_documents: int
+    valid_documents: int
+    max_id: int
+    """The highest id."""
+
+
 def write_tokens(
     chunks: Iterable[tuple[bool, TextChunk]],
     tokenizer: Tokenizer,
@@ -40,10 +50,9 @@ def write_tokens(
     dtype: np.dtype,
     train: Path,
     valid: Path,
-) -> tuple[int, int]:
+) -> WrittenText:
     """Writes the ids of every story, those that the tokenizer puts in front of a text before each
-    and `eos_id` after it, in the order in which they come. Returns how many stories of training
-    text and of validation text there were.
+    and `eos_id` after it, in the order in which they come. Returns what was written.
 
     Args:
         chunks: Chunks of the stories, and whether they are validation text.
@@ -53,9 +62,9 @@ def write_tokens(
         train: File for the training tokens.
         valid: File for the validation tokens.
     """
-    encode = make_encoder(tokenizer, dtype)
-    start, end = (np.array(ids, dtype).tobytes() for ids in (start_ids(tokenizer), [eos_id]))
-    begins_story, counts = True, [0, 0]
+    encode, first = make_encoder(tokenizer, dtype), start_ids(tokenizer)
+    start, end = (np.array(ids, dtype).tobytes() for ids in (first, [eos_id]))
+    begins_story, counts, highest = True, [0, 0], max([*first, eos_id])
     with train.open("wb") as train_file, valid.open("wb") as valid_file:
         for batch in batch_chunks(show_progress(chunks)):
             encoded = encode([chunk.text for _, chunk in batch])
@@ -64,7 +73,8 @@ def write_tokens(
                 file.write(start * begins_story + ids + end * chunk.ends_story)
                 begins_story = chunk.ends_story
                 counts[is_valid] += chunk.ends_story
-    return counts[False], counts[True]
+            highest = max(highest, np.frombuffer(b"".join(encoded), dtype).max(initial=0).item())
+    return WrittenText(counts[False], counts[True], highest)
 
 
 def show_progress(chunks: Iterable[tuple[bool, TextChunk]]) -> Iterator[tuple[bool, TextChunk]]:

@@ -1,7 +1,7 @@
 """Which tokenizer a run uses: one in a folder, one from the hub, or one learned on its own text."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -97,12 +97,19 @@ def load_tokenizer(
         The tokenizer and its special tokens.
 
     Raises:
-        InputError: for a tokenizer that is not there, is damaged or has no end-of-text token.
+        InputError: for a tokenizer that is not there, is damaged or has no end-of-text token, and
+            for a `vocab_size` that not every byte fits into.
         HubUnreachable: if the hub does not deliver it.
     """
     if name == "learned":
         require(not eos_token, f"data.eos_token = {eos_token}: a learned tokenizer has its own")
         tokenizer = learn_tokenizer(text(), vocab_size or LEARNED_VOCAB_SIZE)
+        size = embedding_rows(tokenizer)
+        require(
+            not vocab_size or size <= vocab_size,
+            f"data.tokenizer = learned has {size} tokens, more than model.vocab_size = "
+            f"{vocab_size} has room for",
+        )
         return tokenizer, SpecialTokens((0,))  # special tokens come first
     return read_tokenizer(name, eos_token)
 
@@ -206,6 +213,20 @@ def take_chars(text: Iterator[str], length: int) -> Iterator[str]:
         length -= len(part)
         if length <= 0:
             return
+
+
+def check_token_ids(
+    subject: str, ids: Sequence[int], tokenizer: Tokenizer, vocab_size: int
+) -> None:
+    """Raises InputError, naming `subject` and the token, where one of some ids has no row in an
+    embedding of `vocab_size` rows. A tokenizer may have more tokens than that, and leave them
+    unused."""
+    highest = max(ids, default=0)
+    require(
+        highest < vocab_size,
+        f"{subject}: token {highest} ({tokenizer.id_to_token(highest)!r}) is none of the model's, "
+        f"which has {vocab_size} (model.vocab_size)",
+    )
 
 
 def embedding_rows(tokenizer: Tokenizer) -> int:

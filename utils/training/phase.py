@@ -1,15 +1,15 @@
 """The three parts of a phase: growing the model into it, training it, and saving the result."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
-from config import Run
+from config import InputError, Run
 from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
 from utils.checkpoint.resume import TrainingProgress
-from utils.generate import Sampling, write_stories
+from utils.generate import Sampling, encode_prompts, write_stories
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
@@ -146,11 +146,16 @@ def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> 
 
 
 def sample_stories(state: TrainState, context: RunContext) -> list[str]:
-    """Returns a story for each of PROMPTS, drawn with the run's seed. The model computes in its
-    weights' own precision: casting them for every token would take longer than the products."""
+    """Returns a story for each of PROMPTS that has tokens, drawn with the run's seed. The
+    model computes in its weights' own precision: casting them for every token would take longer
+    than the products."""
     length, corpus = context.run.training.sample_tokens, context.corpus
-    prompts, sampling = PROMPTS if length else (), Sampling(seed=context.run.seed)
     stop_ids = corpus.special_tokens.stop_ids
+    sampling, prompts = Sampling(seed=context.run.seed), []
+    for prompt in PROMPTS if length else ():
+        with suppress(InputError):  # a tokenizer of other texts may lack these words
+            encode_prompts(corpus.tokenizer, [prompt], state.config.vocab_size)
+            prompts.append(prompt)
     return write_stories(state.model(), corpus.tokenizer, stop_ids, prompts, length, sampling)
 
 
