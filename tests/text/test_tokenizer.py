@@ -1,11 +1,14 @@
 """Which tokenizer a text gets, and its end-of-text token."""
 
+import random
+
 import pytest
 
 from config import InputError
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
 from utils.text.tokenizer import (
+    LEARN_WORD_BYTES,
     embedding_rows,
     learn_tokenizer,
     load_tokenizer,
@@ -32,6 +35,17 @@ def test_a_learned_tokenizer_reads_back_what_it_has_never_seen():
     assert tokenizer.id_to_token(special.eos_id) == SEPARATOR
     text = " \u00e9\u4e2d\U0001f600 x\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_words_are_cut_to_learn_from_them_and_only_long_ones():
+    """The time to learn from a word grows with the square of its length."""
+    bases = "".join(random.Random(0).choices("ACGT", k=200)) * 40
+    tokenizer = learn_tokenizer(iter([bases]), 2000)
+    assert max(map(len, tokenizer.get_vocab())) == LEARN_WORD_BYTES
+    assert tokenizer.decode(tokenizer.encode(bases).ids) == bases
+    words = str(tokenizer.pre_tokenizer)
+    assert words == str(learn_tokenizer(builtin_stories(30), 300).pre_tokenizer)
+    assert "FixedLength" not in words, "a text is encoded with its words whole"
 
 
 def test_a_folders_tokenizer_ends_texts_with_its_own_token(folder):

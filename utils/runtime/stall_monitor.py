@@ -4,19 +4,19 @@ The hub's clients try a failed request again for minutes. `call_with_timeout` ru
 a thread and gives it up once nothing new has come for a while; a slow hub is waited for.
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from typing import Any, TypeVar
+
+from utils.runtime.threads import POLL_S, start_thread
 
 T = TypeVar("T")
 PATIENCE_S = 6.0
 """Seconds without anything new from the hub after which it is given up."""
 GRACE_S = 3.0
 """Seconds more for its clients to end by themselves."""
-POLL_S = 0.1
 TIMEOUTS = ("connect", "read", "write", "pool")
 """What the clients' HTTP library limits the time of."""
 
@@ -95,18 +95,9 @@ def call_with_timeout(call: Callable[[], T]) -> T:
     Raises:
         OSError: once the hub has sent nothing new for PATIENCE_S + GRACE_S seconds.
     """
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(call())
-        except Exception as error:  # for the caller
-            result.set_exception(error)
-
     hub_monitor.start()
     hub_monitor.attach()
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    result, thread = start_thread(call)
     while not wait([result], POLL_S).done:
         hub_monitor.attach()
         if hub_monitor.silence_s() > PATIENCE_S + GRACE_S:

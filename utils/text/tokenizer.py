@@ -7,10 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 
 from config import DataConfig, InputError, require
 from utils.runtime import hub
 from utils.runtime.atomic_io import load_tensors
+from utils.runtime.threads import call_interruptibly
 from utils.text.sources import SEPARATOR
 from utils.text.special_tokens import (
     CHAT_TEMPLATE,
@@ -22,6 +24,10 @@ from utils.text.special_tokens import (
 LEARNED_VOCAB_SIZE = 2048
 LEARN_CHARS = 1 << 22
 """Characters to learn a vocabulary from; that of more text is much the same."""
+LEARN_WORD_BYTES = 48
+"""Longer words are cut to learn from them. Text without spaces, such as Chinese or DNA, is one word
+up to its next punctuation, and the time to learn from a word grows with the square of its length.
+A multiple of 3 and 4, so that few characters of any script are cut."""
 TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 
 
@@ -193,16 +199,22 @@ def learn_tokenizer(text: Iterator[str], vocab_size: int) -> Tokenizer:
     It has `vocab_size` tokens, or fewer if the text is short; the end-of-text token has id 0.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.FixedLength(LEARN_WORD_BYTES)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[SEPARATOR],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=False,  # it would write on stdout
     )
-    tokenizer.train_from_iterator(take_chars(text, LEARN_CHARS), trainer)
+    # All parts at once: the thread then asks for nothing of a process that a signal is ending.
+    parts = [list(take_chars(text, LEARN_CHARS))]
+    with tqdm(desc="learning a vocabulary", bar_format="{desc} {elapsed}", disable=None) as bar:
+        call_interruptibly(lambda: tokenizer.train_from_iterator(parts, trainer), bar.refresh)
+    tokenizer.pre_tokenizer = words
     return tokenizer
 
 
