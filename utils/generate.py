@@ -209,6 +209,7 @@ def main(
     length: int = 200,
     sampling: Sampling = Sampling(),
     device: str = "auto",
+    unchecked: bool = False,
 ) -> None:
     """Prints the stories that a checkpoint's model makes of prompts, while it writes them.
 
@@ -219,10 +220,11 @@ def main(
             long, and only its end is seen.
         sampling: How the next token is drawn.
         device: Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.
+        unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
     """
     require(length >= 0, f"length = {length} must not be negative")
     require(len(prompts) > 0, "prompts = () is empty: say how a story begins")
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(checkpoint, unchecked)
     tokenizer = Tokenizer.from_str(saved.tokenizer)
     starts = encode_prompts(tokenizer, prompts, saved.config.vocab_size)
     # An imported model may have a router in float32 between layers in bfloat16.

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.killed_runs import (
     MAX_SECONDS,
+    arm_signal,
     finish_and_compare,
     read_outcome,
     read_output,
@@ -18,9 +19,12 @@ from tests.helpers.killed_runs import (
     split_moments,
     wait_for_exit,
 )
+from train import main
 from utils.checkpoint.resume import KEPT_POINTS
 from utils.metrics.history import HISTORY_FILE, read_history
 from utils.runtime.atomic_io import load_tensors
+from utils.runtime.signals import Stopped
+from utils.training import step
 
 KILLS = {
     "from the first step to the third point": """
@@ -160,6 +164,29 @@ def test_a_run_that_signals_stop_at_random_moments_goes_on(seed, start_run, run,
         codes.append(code)
         assert code in (0, 128 + number)
     assert codes[0] == 128 + signal.SIGTERM
+    finish_and_compare(start_run, run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_whatever_signal_asks_a_run_to_stop_a_point_is_kept(number, start_run, run, undisturbed):
+    (moment,) = split_moments("before STEP 4")
+    assert wait_for_exit(start_run(run, (moment, number))) == 128 + number
+    assert [path.name for path in resume_points_of(run)][-1] == "phase001-step00000004.pt"
+    assert read_output(run, "stderr").startswith(f"stopped by {number.name}; ")
+    finish_and_compare(start_run, run, undisturbed)
+
+
+def test_a_notebooks_interrupt_keeps_a_point(run, undisturbed, start_run):
+    """Nobody but the run itself handles signals there."""
+    (moment,) = split_moments("before STEP 4")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "train_step", step.train_step)  # undoes what is armed
+        arm_signal(moment, signal.SIGINT)
+        with pytest.raises(Stopped, match=r"stopped by SIGINT; .*--resume goes on from there"):
+            main(run)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert [path.name for path in resume_points_of(run)][-1] == "phase001-step00000004.pt"
     finish_and_compare(start_run, run, undisturbed)
 
 

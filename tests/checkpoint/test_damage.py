@@ -50,6 +50,7 @@ def set_param(name: str, value: object):
     return lambda content: content["weights"].__setitem__(name, value)
 
 
+NO_SUM = "bad.pt: its checksum is missing, as where torch.save has written it again; --unchecked "
 WRONG_SUM = "is damaged or no checkpoint: its checksum does not match"
 NO_CHECKPOINT = "is no checkpoint"
 FOREIGN_FIELDS = "is no checkpoint of this program"
@@ -60,12 +61,12 @@ FILE_DAMAGES = {
     "one byte": (lambda data: data[:1], WRONG_SUM),
     "half of it": (lambda data: data[: len(data) // 2], WRONG_SUM),
     "the last byte missing": (lambda data: data[:-1], WRONG_SUM),
-    "without its checksum": (lambda data: data[: -len(checksum_trailer(0))], WRONG_SUM),
+    "without its checksum": (lambda data: data[: -len(checksum_trailer(0))], NO_SUM),
     "a byte too many": (lambda data: data + b"0", WRONG_SUM),
     "zeros": (lambda data: bytes(len(data)), WRONG_SUM),
     "text": (lambda data: b"Once upon a time", WRONG_SUM),
     "text with a checksum": (lambda data: add_checksum(b"Once upon a time"), NO_CHECKPOINT),
-    "a foreign file": (lambda data: zip_pickle(pickle.dumps([1], 2)), WRONG_SUM),
+    "a foreign file": (lambda data: zip_pickle(pickle.dumps([1], 2)), NO_SUM),
     "a foreign file with a checksum": (
         lambda data: add_checksum(zip_pickle(pickle.dumps([1], 2))),
         NO_CHECKPOINT,
@@ -81,7 +82,7 @@ FILE_DAMAGES = {
     "a bit of the tag": (lambda data: flip_bit(data, data.rindex(CHECKSUM_TAG)), WRONG_SUM),
     "a bit of the checksum": (lambda data: flip_bit(data, len(data) - 1), WRONG_SUM),
     "an exploit": (lambda data: EXPLOIT, WRONG_SUM),
-    "a zipped exploit": (lambda data: zip_pickle(EXPLOIT), WRONG_SUM),
+    "a zipped exploit": (lambda data: zip_pickle(EXPLOIT), NO_SUM),
     "an exploit with a checksum": (
         lambda data: add_checksum(EXPLOIT),
         "is no checkpoint (UnpicklingError)",
@@ -178,6 +179,33 @@ def test_a_whole_checkpoint_is_read(folder, capsys):
     code, output, error = capture_command(command, capsys)
     assert code == 0 and output.startswith("Once") and not error
     assert compare_checkpoints(Path("good.pt"), Path("good.pt"))
+
+
+def test_a_checkpoint_that_torch_has_saved_again_is_read_if_asked_to(folder, whole_file, capsys):
+    torch.save(torch.load("good.pt", weights_only=True), "again.pt")
+    for path in (Path("good.pt"), Path("again.pt")):
+        generate.main(path, ("Once",), length=3, device="cpu", unchecked=True)
+    good, again = capsys.readouterr().out.splitlines()
+    assert good == again
+    assert compare_checkpoints(Path("good.pt"), Path("again.pt"), unchecked=True)
+    assert_refused(Path("again.pt").read_bytes(), NO_SUM, folder, capsys)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: flip_bit(data, len(data) // 2),
+        lambda data: flip_bit(data, data.rindex(CHECKSUM_TAG)),
+        lambda data: zip_pickle(EXPLOIT),
+    ],
+    ids=["half of it", "a bit of the tensors", "a bit of the tag", "a zipped exploit"],
+)
+def test_only_a_missing_checksum_is_excused(damage, folder, whole_file):
+    Path("bad.pt").write_bytes(damage(whole_file))
+    with pytest.raises(InputError, match=r"^bad.pt is (damaged|no checkpoint)"):
+        load_checkpoint(Path("bad.pt"), unchecked=True)
+    assert not Path("payload").exists()
 
 
 def test_no_single_bit_of_a_checkpoint_goes_unnoticed(folder, whole_file):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -26,6 +27,35 @@ def test_what_is_done_with_signals_deferred_is_done_wholly():
             steps.append("outer")
         steps.append("after")
     assert steps == ["inner", "outer"]
+
+
+def test_a_terminal_that_is_closed_stops_no_run_that_is_to_outlive_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raise_on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_signal_ends_a_command_but_no_notebook():
+    def interrupt_twice():
+        with defer_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped), raise_on_signals(), raise_on_signals():
+        interrupt_twice()
+    if not (pid := os.fork()):
+        with raise_on_signals(owns_process=True), raise_on_signals():
+            interrupt_twice()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
+
+
+def test_a_thread_that_can_handle_no_signal_runs_all_the_same():
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(lambda: raise_on_signals().__enter__()).result()
 
 
 def test_no_signal_changes_nothing():

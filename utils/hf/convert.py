@@ -27,7 +27,12 @@ FloatName = Literal["float32", "bfloat16", "float16"]
 
 
 def export_checkpoint(
-    checkpoint: Path, folder: Path, /, dtype: FloatName | None = None, overwrite: bool = False
+    checkpoint: Path,
+    folder: Path,
+    /,
+    dtype: FloatName | None = None,
+    overwrite: bool = False,
+    unchecked: bool = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers and lm-evaluation-harness load without any
     code of this project: a LlamaForCausalLM, or with experts a MixtralForCausalLM.
@@ -39,13 +44,14 @@ def export_checkpoint(
         folder: The folder to write.
         dtype: Round the weights to it. None leaves each as it is.
         overwrite: Replace a model that is there.
+        unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
 
     Raises:
         InputError: if the model cannot be represented, or the folder cannot be written.
         RunStopped: if transformers computes something else.
     """
     require_transformers()
-    saved = load_in_dtype(checkpoint, dtype)
+    saved = load_in_dtype(checkpoint, dtype, unchecked)
     context = max(saved.config.seq_len, saved.max_seq_len)
     hf_config = to_hf_config(replace(saved.config, seq_len=context), saved.load_balance_coef)
     hf_config |= special_token_ids(saved.special_tokens)
@@ -62,7 +68,7 @@ def export_checkpoint(
     with new_model_folder(folder, overwrite, weight_bytes) as part:
         write_model(part, saved.config, saved.weights, hf_config, card)  # empties the weights
         write_tokenizer(part, saved, context)
-        drift = check_parity(part, load_in_dtype(checkpoint, dtype))
+        drift = check_parity(part, load_in_dtype(checkpoint, dtype, unchecked))
     architecture, model = hf_config["architectures"][0], describe_model(saved.config)
     print(f"{folder}: {architecture}, {model}, {weight_bytes / 1e9:.3g} GB")
     print(
@@ -72,9 +78,9 @@ def export_checkpoint(
     )
 
 
-def load_in_dtype(checkpoint: Path, dtype: FloatName | None) -> Checkpoint:
+def load_in_dtype(checkpoint: Path, dtype: FloatName | None, unchecked: bool) -> Checkpoint:
     """Reads a checkpoint, its weights rounded to `dtype`; None leaves each as it is."""
-    saved = load_checkpoint(checkpoint)
+    saved = load_checkpoint(checkpoint, unchecked)
     if dtype is not None:
         for name, weight in saved.weights.items():
             saved.weights[name] = weight.to(getattr(torch, dtype))

@@ -21,6 +21,8 @@ CHECKSUM_TAG = b"growthcrc32:"
 """Stands at the end of a file, before the checksum of everything in front of it. A zip archive,
 which is what torch saves, may be followed by other bytes."""
 CHECKSUM_DIGITS = 8
+ZIP_END_TAG, ZIP_END_BYTES = b"PK\5\6", 22
+"""The last record of a zip archive."""
 PART_SUFFIX = ".part"
 READ_BYTES = 1 << 24
 
@@ -166,14 +168,19 @@ def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
         file.write(checksum_trailer(writer.crc))
 
 
-def load_tensors(path: Path) -> dict:
+def load_tensors(path: Path, unchecked: bool = False) -> dict:
     """Reads what `save_tensors` wrote onto the CPU; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        unchecked: Read it also where its checksum is missing, which `torch.save` does not write.
 
     Raises:
         InputError: if the file is missing, damaged (a single bit is enough) or something else.
     """
     require(path.is_file(), f"{path}: there is no such checkpoint")
-    verify_checksum(path)
+    if not (unchecked and ends_as_zip(path)):
+        verify_checksum(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what another program wrote fails in any way
@@ -185,6 +192,15 @@ def load_tensors(path: Path) -> dict:
 def checksum_trailer(crc: int) -> bytes:
     """Returns the bytes that end a file with that checksum."""
     return CHECKSUM_TAG + b"%0*x" % (CHECKSUM_DIGITS, crc)
+
+
+def ends_as_zip(path: Path) -> bool:
+    """Whether a file ends as what torch saves does, a zip archive, with no checksum behind it."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        file.seek(-min(ZIP_END_BYTES, path.stat().st_size), os.SEEK_END)
+        return file.read().startswith(ZIP_END_TAG)
 
 
 def verify_checksum(path: Path) -> None:

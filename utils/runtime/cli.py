@@ -29,7 +29,7 @@ def run_command(command: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with raise_on_signals():
+        with raise_on_signals(owns_process=True):
             command()
     except InputError as error:
         exit_with(f"error: {error}", EXIT_INPUT_ERROR)

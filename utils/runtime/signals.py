@@ -1,12 +1,20 @@
-"""SIGTERM and Ctrl-C: a run stops between two steps, keeps a point to resume from, and says so."""
+"""Signals that ask a run to stop: it does so between two steps, keeps a point to resume from, and
+says so."""
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANDLED_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+"""Ctrl-C, what ends processes, a terminal that is closed, and what a job's time limit may send;
+those of them that the system has."""
 
 
 class Stopped(BaseException):
@@ -24,11 +32,16 @@ class SignalState:
 
     received: int | None = None
     is_deferred = False
+    owns_process = False
+    """Whether a command is the process, which a second signal then ends."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Raises Stopped, or waits while signals are deferred; a second signal leaves at once."""
+        """Raises Stopped, or waits while signals are deferred. A second signal leaves at once, or
+        is ignored where the process is more than a command."""
         if self.received is not None:
-            os._exit(128 + number)
+            if self.owns_process:
+                os._exit(128 + number)
+            return
         self.received = number
         if not self.is_deferred:
             raise Stopped(number)
@@ -38,10 +51,23 @@ signal_state = SignalState()
 
 
 @contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Makes the handled signals raise Stopped within."""
+def raise_on_signals(owns_process: bool = False) -> Iterator[None]:
+    """Makes the handled signals raise Stopped within, unless they do so already, or this thread can
+    handle none. `owns_process` lets a second signal end the process.
+
+    SIGHUP stays ignored where it is: `nohup` says that the run outlives its terminal.
+    """
+    is_handled = signal.getsignal(signal.SIGINT) == signal_state.handle
+    if is_handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     signal_state.received, signal_state.is_deferred = None, False
-    before = {number: signal.signal(number, signal_state.handle) for number in HANDLED_SIGNALS}
+    signal_state.owns_process = owns_process
+    before = {
+        number: signal.signal(number, signal_state.handle)
+        for number in HANDLED_SIGNALS
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:

@@ -55,6 +55,7 @@ from utils.runtime.device import (
     reset_peak_memory,
     training_dtype,
 )
+from utils.runtime.signals import raise_on_signals
 from utils.schedule.memory import check_memory
 from utils.schedule.phases import (
     ResolvedPhase,
@@ -264,7 +265,8 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
         InputError: if the folder cannot be written, or the run is to be resumed and cannot be.
     """
     run = setup.run
-    with lock_run_dir(run.out), explain_how_to_resume(run.out):
+    # A notebook, too, interrupts between two steps.
+    with raise_on_signals(), lock_run_dir(run.out), explain_how_to_resume(run.out):
         fingerprint = setup.fingerprint()
         point = resume_or_clear(run, setup.phases, fingerprint)
         length = point.progress.history_bytes if point else None
