@@ -1,5 +1,6 @@
 """Growing, training and saving a phase."""
 
+import errno
 import io
 import sys
 from dataclasses import replace
@@ -147,6 +148,16 @@ def test_no_character_and_no_byte_of_a_path_stops_a_run(base_run, tmp_path, monk
     assert trained["samples"], "some prompts have letters that it knows"
     shown = raw.getvalue().decode("cp1252")
     assert "\\u65e5" in shown and "training_curves.png" in shown and "failed" not in shown
+
+
+def test_a_run_goes_on_where_the_file_system_has_no_locks(train_schedule, monkeypatch, capsys):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    events, _ = train_schedule(only=Phase(steps=1))
+    assert events[-1]["event"] == "end"
+    assert "the file system has no locks (No locks available)" in capsys.readouterr().out
 
 
 def test_a_phase_cut_in_two_is_the_same_training_and_no_steps_hand_the_model_on(train_schedule):

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy
 import tokenizers
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
+from tqdm import tqdm
 
 from config import InputError, Run, require
 from utils.checkpoint.resume import KEPT_POINTS, RESUME_FOLDER, resume_points
 from utils.metrics.history import HISTORY_FILE, read_history
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import NotFinite, RunStopped
+from utils.runtime.file_lock import acquire_lock
 from utils.runtime.signals import Stopped
 from utils.schedule.phases import ResolvedPhase
 
@@ -55,12 +57,11 @@ def lock_run_dir(out: Path) -> Iterator[None]:
         InputError: if another run holds the folder, or it cannot be written.
     """
     folder = out / RESUME_FOLDER
-    lock = FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"out = {out} is being written by another run") from None
+        lock = acquire_lock(folder / "lock", tqdm.write)
+    except Timeout as held:
+        raise InputError(f"out = {out} is being written by another run ({held})") from None
     except OSError as error:
         raise InputError(f"out = {out} cannot be written: {error.strerror}") from None
     try:

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from config import InputError
 from utils.runtime.atomic_io import PART_SUFFIX, atomic_folder, file_crc32
+from utils.runtime.file_lock import acquire_lock
 
 MANIFEST = "manifest.json"
 """Written last into a folder: its identity, and the checksum of every other file."""
@@ -72,12 +73,11 @@ def expand_cache(cache: Path) -> Path:
 def hold_cache(cache: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Lets one process at a time build in the cache, and removes what killed ones left there."""
     cache.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(cache / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        warn(f"data.cache: waiting for another process that writes into {cache}")
-        lock.acquire()
+        lock = acquire_lock(cache / "lock", warn)
+    except Timeout as held:
+        warn(f"data.cache: waiting for another process that writes into {cache} ({held})")
+        lock = acquire_lock(cache / "lock", lambda line: None, timeout_s=-1)
     try:
         for part in cache.glob(f".*{PART_SUFFIX}"):
             shutil.rmtree(part)
