@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from shutil import rmtree, which
@@ -16,7 +17,7 @@ from config import DataConfig, InputError
 from utils import data
 from utils.data import Corpus, prepare_corpus
 from utils.text import token_cache
-from utils.text.token_cache import MANIFEST, find_damage
+from utils.text.token_cache import MANIFEST, cached_folder, find_damage
 
 ROOT = Path(__file__).parents[2]
 FILES = ["train.bin", "valid.bin", "meta.json", "tokenizer.json", MANIFEST]
@@ -78,6 +79,26 @@ def report():
 for pid in [fork(report) for _ in range(3)]:
     os.waitpid(pid, 0)
 """
+OPEN_AT_ONCE = """
+from shutil import rmtree
+
+def open_often():
+    try:
+        for _ in range(5):
+            assert len(prepare(20, lambda line: None).train)
+    except BaseException:
+        os._exit(1)
+
+failed = 0
+for _ in range(int(sys.argv[2])):
+    pids = [fork(open_often) for _ in range(4)]
+    failed += sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
+    rmtree("cache")
+print(failed)
+"""
+OPEN_ONCE = """
+assert len(prepare(20, lambda line: None).train)
+"""
 
 
 @pytest.fixture
@@ -96,13 +117,13 @@ def prepare(tmp_path, warnings):
     return prepare
 
 
-def run_forked(script: str, folder: Path, wrapper: Sequence[str] = ()) -> list[str]:
+def run_forked(script: str, folder: Path, *args: str, wrapper: Sequence[str] = ()) -> list[str]:
     done = subprocess.run(
-        [*wrapper, sys.executable, "-c", FORKED + script, str(folder)],
+        [*wrapper, sys.executable, "-c", FORKED + script, str(folder), *args],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=3_600 if args else 60,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -226,6 +247,39 @@ def test_processes_that_build_the_same_folder_at_once_get_the_same_tokens(tmp_pa
     assert all(map(is_whole, folders_in(tmp_path / "cache")))
 
 
+@pytest.mark.parametrize("rounds", [4, pytest.param(500, marks=pytest.mark.long)])
+def test_workers_that_open_one_cache_at_once_all_get_it(rounds, tmp_path):
+    """Twenty openings by four workers in each round, the first of which build it."""
+    assert run_forked(OPEN_AT_ONCE, tmp_path, str(rounds)) == ["0"]
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(75, marks=pytest.mark.long)])
+def test_processes_that_start_at_once_on_one_cache_all_get_it(rounds, tmp_path):
+    """Four whole processes in each round."""
+    for number in range(rounds):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with ThreadPoolExecutor(4) as starts:
+            list(starts.map(run_forked, [OPEN_ONCE] * 4, [folder] * 4))
+
+
+def test_a_whole_folder_stays_though_another_process_builds_it_too(tmp_path):
+    """As where a lock does not hold, as it may not over a network."""
+
+    def build(folder: Path) -> None:
+        (folder / "text").write_text("whole")
+
+    def build_late(folder: Path) -> None:
+        build(folder)
+        first.rename(tmp_path / "cache" / first.name)
+
+    first = cached_folder(tmp_path / "other", ["a"], build, pytest.fail)
+    inode = first.stat().st_ino
+    folder = cached_folder(tmp_path / "cache", ["a"], build_late, pytest.fail)
+    assert folder.stat().st_ino == inode and is_whole(folder)
+    assert folders_in(tmp_path / "cache") == {folder}
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, tmp_path):
     before = prepare(100).fingerprint
     files = set((tmp_path / "cache").iterdir())
@@ -244,6 +298,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(prepare, tmp_path):
 
 @pytest.mark.skipif(bool(PLAIN) and which(PLAIN[0]) is None, reason="root, and no setpriv")
 def test_a_read_only_cache_is_read_and_refused_in_one_line_where_it_must_be_written(tmp_path):
-    length, error = run_forked(READ_ONLY, tmp_path, PLAIN)
+    length, error = run_forked(READ_ONLY, tmp_path, wrapper=PLAIN)
     assert int(length) > 1000
     assert "data.cache = cache" in error and "Permission denied" in error

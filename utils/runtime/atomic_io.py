@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,10 +43,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, keep: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """Yields a folder that takes its place only once all files in it are complete and on the disk.
-    A folder that is there before is removed then, and at once what killed processes had not
-    completed."""
+    A folder that is there before is removed then, unless `keep` finds that it has become as good
+    meanwhile; and at once what killed processes had not completed."""
     path = path.resolve()  # through a link: what it points at is replaced, not the link
     leftover = re.compile(re.escape(f".{path.name}.") + r"\d+(\.old)?" + re.escape(PART_SUFFIX))
     for sibling in path.parent.iterdir():
@@ -60,9 +60,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield part
         fsync_files(part)
         with defer_signals():
-            if path.exists():
-                path.rename(old)
-            part.rename(path)
+            if not keep():
+                if path.exists():
+                    path.rename(old)
+                part.rename(path)
         fsync_folder(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)

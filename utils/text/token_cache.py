@@ -26,6 +26,7 @@ def cached_folder(
     warn: Callable[[str], None],
 ) -> Path:
     """Returns the folder that `identity` stands for, and builds it if it is not there or damaged.
+    A folder that is whole is never removed, whoever else is building it.
 
     Args:
         cache: The folder that holds all such folders.
@@ -49,10 +50,12 @@ def cached_folder(
                 warn(f"data.cache: {folder / damaged} is damaged; the text is tokenized anew")
             if not folder.is_dir():
                 folder.unlink(missing_ok=True)
-            with atomic_folder(folder) as part:
+            with atomic_folder(folder, lambda: find_damage(folder, identity) is None) as part:
                 build(part)
                 write_manifest(part, identity)
     except OSError as error:
+        if find_damage(folder, identity) is None:  # another process has finished it
+            return folder
         reason = error.strerror or error
         raise InputError(
             f"data.cache = {cache}: cannot be written ({reason}); --data.cache FOLDER goes "
