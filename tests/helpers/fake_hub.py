@@ -24,6 +24,13 @@ TRAIN, VALID = TEXTS[:200], TEXTS[200:]
 FILE_PATH = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 API_PATH = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/([a-z-]+)/([^/]+)(?:/(.*))?)?")
 COMMIT = re.compile("[0-9a-f]{40}")
+REFUSALS = {
+    "GATED": (403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}),
+    "PRIVATE": (401, b"", {"X-Error-Message": "Invalid username or password."}),
+    "FORBIDDEN": (403, b"", {"X-Error-Message": "Forbidden"}),
+    "LIMITED": (429, b"", {"RateLimit": '"api";r=0;t=99'}),
+}
+"""Answers to who asks for anything with one of these words in its name."""
 CRAWL_PARTS, CRAWL_PAUSE_S = 20, 0.06
 """How a file with CRAWLS in its name comes."""
 
@@ -56,8 +63,8 @@ class FakeHub(ThreadingHTTPServer):
 @contextmanager
 def serve_hub(files: dict[str, bytes], is_broken: bool = False) -> Iterator[FakeHub]:
     """Runs a hub. A broken one answers 503 to everything; any answers 503 to what has BUSY in its
-    name. The second half of a file with CLOSES or STALLS in its name never comes; one with CRAWLS
-    in it comes slowly."""
+    name, and refuses what has one of REFUSALS in it. The second half of a file with CLOSES or
+    STALLS in its name never comes; one with CRAWLS in it comes slowly."""
     with FakeHub(files, is_broken) as hub:
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -81,6 +88,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         if self.server.is_broken or "BUSY" in path:
             self.answer(503, b"")
+        elif refusal := next((name for name in REFUSALS if name in path), None):
+            self.answer(*REFUSALS[refusal])
         elif match := FILE_PATH.fullmatch(path):
             self.send_file(*match.groups())
         elif match := API_PATH.fullmatch(path):
@@ -91,10 +100,13 @@ class FakeHubHandler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_GET
 
     def send_file(self, repo: str, revision: str, path: str) -> None:
-        content = self.server.files_of(repo).get(path)
+        files = self.server.files_of(repo)
+        content = files.get(path)
         if content is None:
-            missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit_of(revision)}
-            return self.answer(404, b"", missing)
+            code = "EntryNotFound" if files else "RepoNotFound"
+            return self.answer(
+                404, b"", {"X-Error-Code": code, "X-Repo-Commit": commit_of(revision)}
+            )
         headers = {
             "ETag": f'"{git_hash(content)}"',
             "X-Repo-Commit": commit_of(revision),

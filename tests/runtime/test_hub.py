@@ -131,6 +131,73 @@ def test_splits_are_taken_by_their_names_and_none_is_both(tmp_path):
     assert "data.split = trian: dataset my/test has no such split, only validation, test" in unknown
 
 
+REASONS = {
+    "own/GATED": ("it is gated: accept its conditions", "hf auth login", "HF_TOKEN"),
+    "own/PRIVATE": ("the hub shows you none of that name", "private", "hf auth login"),
+    "own/none": ("the hub shows you none of that name", "check it"),
+    "own/FORBIDDEN": ("does not let you have it (403)", "hf auth login"),
+}
+"""What is said of each repository that is not to be had."""
+ASK = """
+import json, sys
+from pathlib import Path
+from config import DataConfig, InputError
+from utils.data import prepare_corpus
+from utils.hf.pretrained import find_pretrained
+from utils.runtime import stall_monitor
+stall_monitor.PATIENCE_S, stall_monitor.GRACE_S = 2, 1
+
+def ask(call):
+    try:
+        call()
+    except InputError as error:
+        return str(error)
+
+def ask_for(name, source):
+    config = DataConfig(source, tokenizer=name, cache=Path(sys.argv[1]))
+    return ask(lambda: prepare_corpus(config, 0))
+
+print(json.dumps({
+    name: [
+        ask(lambda: find_pretrained(name)),
+        ask_for(name, "builtin"),
+        ask_for("learned", f"hub:{name}"),
+    ]
+    for name in sys.argv[2:]
+}))
+"""
+
+
+def test_what_is_not_to_be_had_says_why_and_what_to_do(tmp_path):
+    with serve_hub({"own/empty/README.md": b"# Nothing"}) as hub:
+        args = [str(tmp_path / "cache"), *REASONS, "own/LIMITED", "own/empty"]
+        answers = run_with_hub(ASK, tmp_path, hub.endpoint, args, offline=False)
+    model, _, _ = answers.pop("own/empty")
+    limited, _, _ = answers.pop("own/LIMITED")
+    assert "its rate limit is reached (429)" in limited
+    assert model == "own/empty: it has no config.json"
+    for name, errors in answers.items():
+        for error in errors:
+            assert "\n" not in error and all(phrase in error for phrase in REASONS[name]), error
+            assert "no such" not in error, "that is not known"
+
+
+def test_several_configurations_are_listed_with_the_flag_that_chooses(tmp_path):
+    card = """---
+configs:
+- config_name: old
+  data_files: old.parquet
+- config_name: new
+  data_files: new.parquet
+---
+"""
+    names = {"README.md": card.encode(), "old.parquet": make_parquet(TRAIN)}
+    names["new.parquet"] = make_parquet(VALID)
+    with serve_hub({f"datasets/own/two/{name}": file for name, file in names.items()}) as hub:
+        error = prepare(tmp_path, hub.endpoint, source="hub:own/two")["error"]
+    assert "--data.config takes one of 'old', 'new'" in error and "\n" not in error
+
+
 def test_auto_falls_back_loudly_and_takes_tinystories_once_it_can(tmp_path):
     with serve_hub({}, is_broken=True) as hub:
         result = prepare(tmp_path, hub.endpoint, num_stories=50)

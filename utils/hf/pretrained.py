@@ -99,7 +99,9 @@ def find_pretrained(name: str) -> Pretrained:
         InputError: naming the file, key or tensor, for what is missing, damaged or cannot be
             represented.
     """
-    missing = f"there is no such model, no folder with a {CONFIG_FILE} and none on the hub"
+    missing = f"it has no {CONFIG_FILE}"
+    if is_local_path(name):
+        missing = f"there is no such model, no folder with a {CONFIG_FILE}"
     hf_config = read_model_json(name, CONFIG_FILE, missing)
     try:
         config, load_balance_coef = from_hf_config(hf_config)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from config import InputError
 from utils.runtime.records import PEEKED_ROWS, choose_text_field, find_text_field, read_texts
-from utils.runtime.stall_monitor import call_with_timeout
+from utils.runtime.stall_monitor import RATE_LIMIT, call_with_timeout
 
 TINYSTORIES = "roneneldan/TinyStories"
 GPT2 = "openai-community/gpt2"
@@ -28,13 +29,15 @@ DATA_HINT = (
     + OFFLINE_HINT
 )
 
+LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
+
 
 class HubUnreachable(InputError):
     """The hub did not deliver, though what was asked for may well be there."""
 
 
 class NotOnHub(InputError):
-    """The hub says that there is no such thing."""
+    """The hub says that a model that is there has no such file."""
 
 
 def dataset_splits(
@@ -50,8 +53,7 @@ def dataset_splits(
         null_rows: Counts the rows without a text by split. They are left out.
 
     Raises:
-        InputError: for a dataset that cannot be read or has no such column.
-        NotOnHub: if there is no such dataset.
+        InputError: for a dataset that is not to be had, cannot be read or has no such column.
         HubUnreachable: if the hub does not deliver it.
     """
     if importlib.util.find_spec("datasets") is None:
@@ -118,7 +120,8 @@ def fetch_hub_file(
         hint: What to try if it does not come, with which an error ends.
 
     Raises:
-        NotOnHub: if there is no such model or file.
+        NotOnHub: if the model has no such file.
+        InputError: if the hub shows this user no such model.
         HubUnreachable: if the hub does not deliver it.
     """
     import huggingface_hub
@@ -209,14 +212,48 @@ def explain_hub_errors(subject: str, hint: str = DATA_HINT) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
-        raise NotOnHub(f"{subject}: not on the hub, or not for you") from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise NotOnHub(f"{subject}: there is no such file") from error
     except (OSError, http_error) as error:
-        raise HubUnreachable(
-            f"{subject} cannot be fetched ({first_line(error)}); {hint}"
-        ) from error
+        if reason := access_error(error):
+            raise InputError(f"{subject}: {reason}") from error
+        reason = RATE_LIMIT if status_of(error) == 429 else first_line(error)
+        raise HubUnreachable(f"{subject} cannot be fetched ({reason}); {hint}") from error
     except Exception as error:  # what is wrong with a file shows as any error
+        if listed := re.search(r"vailable(?: configs)?: \[(.*)\]", str(error)):
+            raise InputError(f"{subject}: --data.config takes one of {listed[1]}") from error
         raise InputError(f"{subject} cannot be read ({first_line(error)})") from error
+
+
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, the one that it came from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def status_of(error: BaseException) -> int:
+    """Returns the status of the answer that an error came from; 0 if there was none."""
+    answers = (getattr(cause, "response", None) for cause in causes_of(error))
+    return next((answer.status_code for answer in answers if answer is not None), 0)
+
+
+def access_error(error: BaseException) -> str:
+    """Returns why the hub does not let this user have something, and what to do, as a phrase; empty
+    for another error. To who may not see a repository, the hub does not tell whether there is one.
+    """
+    from huggingface_hub import errors
+
+    kinds = {kind.__name__ for cause in causes_of(error) for kind in type(cause).__mro__}
+    # The datasets library says what it was told only in words.
+    if errors.GatedRepoError.__name__ in kinds or "is a gated dataset" in str(error):
+        return f"it is gated: accept its conditions on its page of the hub, then {LOG_IN}"
+    is_hidden = kinds & {errors.RepositoryNotFoundError.__name__, "DatasetNotFoundError"}
+    if is_hidden or status_of(error) == 401:
+        return f"the hub shows you none of that name: check it or, if it is private, {LOG_IN}"
+    if status_of(error) == 403:
+        return f"the hub does not let you have it (403): {LOG_IN} as somebody who may"
+    return ""
 
 
 def check_hub_answers() -> None:
@@ -231,6 +268,8 @@ def check_hub_answers() -> None:
         answer = call_with_timeout(lambda: huggingface_hub.get_session().get(url))
     except Exception as error:  # whatever it is, there is no answer
         raise OSError(f"{constants.ENDPOINT}: {first_line(error)}") from error
+    if answer.status_code == 429:
+        raise OSError(f"{constants.ENDPOINT}: {RATE_LIMIT}")
     if answer.status_code >= 500:
         raise OSError(f"{constants.ENDPOINT}: it answers {answer.status_code}")
 

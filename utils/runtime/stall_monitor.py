@@ -17,6 +17,7 @@ PATIENCE_S = 6.0
 """Seconds without anything new from the hub after which it is given up."""
 GRACE_S = 3.0
 """Seconds more for its clients to end by themselves."""
+RATE_LIMIT = "its rate limit is reached (429), which is higher for who is logged in"
 TIMEOUTS = ("connect", "read", "write", "pool")
 """What the clients' HTTP library limits the time of."""
 
@@ -60,6 +61,8 @@ class StallMonitor:
         """Notes an answer, whose content is still to come."""
         if response.status_code < 400:
             self.responses.append(response)
+        elif response.status_code == 429:  # for which the clients may wait long
+            self.last_failure = f": {RATE_LIMIT}"
         elif response.status_code >= 500:
             self.last_failure = f", it answered {response.status_code}"
 
