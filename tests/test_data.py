@@ -26,6 +26,7 @@ from utils.schedule.phases import resolve_phases
 from utils.text import sources
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
+from utils.text.special_tokens import SpecialTokens
 from utils.text.tokenizer import learn_tokenizer
 from utils.training.step import batches
 
@@ -256,7 +257,7 @@ def test_windows_are_spread_evenly_and_predict_no_token_twice(length, count):
 def make_valid_text(lengths: list[int]) -> Corpus:
     """A corpus whose validation documents, of these lengths, repeat their number; 0 ends them."""
     valid = np.concatenate([[i] * (n - 1) + [0] for i, n in enumerate(lengths, 1)])
-    return SimpleNamespace(valid=valid.astype(np.uint16), eos_id=0)
+    return SimpleNamespace(valid=valid.astype(np.uint16), special_tokens=SpecialTokens((0,)))
 
 
 def test_each_document_has_its_share_of_what_is_evaluated():

@@ -191,7 +191,7 @@ def test_a_model_whose_weights_are_of_several_dtypes_writes_a_story(checkpoint, 
 def test_a_prompt_follows_what_its_tokenizer_puts_in_front_of_every_text(tokenizer):
     own = Tokenizer.from_str(tokenizer.to_str())
     own.post_processor = TemplateProcessing("<x> $A <x>", special_tokens=[("<x>", 7)])
-    (plain,), (start,) = encode_prompts(tokenizer, [PROMPT]), encode_prompts(own, [PROMPT])
+    (plain,), (start,) = (encode_prompts(each, [PROMPT], 300) for each in (tokenizer, own))
     assert start == [7, *plain]
 
 
@@ -261,7 +261,9 @@ def test_a_prompt_that_the_model_has_no_row_for_is_one_line_that_names_the_token
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.add_special_tokens(["[PAD]"])
     weights = TrainState.from_model(model).weights
-    save_checkpoint(tmp_path / "a.pt", Checkpoint(CONFIG, weights, tokenizer.to_str(), 0))
+    save_checkpoint(
+        tmp_path / "a.pt", Checkpoint(CONFIG, weights, tokenizer.to_str(), SpecialTokens((0,)))
+    )
     named = r"^prompt = '\[PAD\] One': token 300 \('\[PAD\]'\) is none of the model's, .* 300 \("
     with pytest.raises(InputError, match=named):
         main(tmp_path / "a.pt", ("One", "[PAD] One"), device="cpu")

@@ -238,8 +238,8 @@ class PlanChecker:
         what rounding may do; NaN is furthest."""
         names, limits = list(self.errors), list(self.limits.values())
         errors = torch.stack([to_float64(error) for error in self.errors.values()]).cpu()
-        excess = (errors - torch.tensor(limits, dtype=errors.dtype)).nan_to_num(nan=torch.inf)
-        index = int(excess.argmax())
+        excess = errors.nan_to_num(nan=torch.inf) / torch.tensor(limits, dtype=errors.dtype)
+        index = int(excess.nan_to_num(nan=0.0).argmax())  # 0 / 0: as it must be
         return names[index], errors[index].item(), limits[index]
 
     def summary(self) -> dict[str, float | None]:

@@ -28,8 +28,8 @@ class ProbeOutput(NamedTuple):
     expert_ids_BLTC: Tensor
     """Experts of each token in each mixture-of-experts layer, ascending."""
     margin_BLT: Tensor
-    """By how much the router's logit of the last expert that was chosen exceeds that of the first
-    that was not; infinite where all are chosen."""
+    """Lead of the last expert that was chosen over the first that was not, in the router's logits;
+    infinite where all are chosen."""
 
     @classmethod
     def from_logits(

@@ -130,5 +130,5 @@ def test_the_likeliest_text_is_the_one_that_the_reference_generates(config):
     texts = [reference.generate(torch.tensor([start]), **options) for start in starts]
     expected = [text[0, len(start) :].tolist() for text, start in zip(texts, starts, strict=True)]
     expected = [text[: text.index(0)] if 0 in text else text for text in expected]
-    assert generate(model, starts, 30, 0, Sampling(temperature=0)) == expected
+    assert generate(model, starts, 30, (0,), Sampling(temperature=0)) == expected
     assert len(set().union(*expected)) > 3

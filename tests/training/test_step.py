@@ -166,7 +166,7 @@ def test_every_step_of_a_run_is_adamws_on_the_documented_loss_and_settings(
             for step in range(phase.steps)
         ]
         lrs = [event["lr"] for event in own]
-        assert max(lrs) == phase.lr or not lrs
+        assert not lrs or max(lrs) == phase.lr
         state, measured = train_again(state, REPEATS[name], training, lrs, batches)
         for event, values in zip(own, measured, strict=True):
             recorded = [event[k] for k in ("loss", "load_balance_loss", "z_loss", "grad_norm")]

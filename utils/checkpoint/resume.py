@@ -40,7 +40,7 @@ CHANGEABLE = (
 """Settings that may change between a run and its resumption, by the start of their names. (The
 tokens themselves and what the run started from may not.)"""
 ADJUSTABLE = re.compile(
-    r"training\.(batch_size|beta|decay_to|eps|eval_|grad_clip|load_balance_coef|log_every|lr_"
+    r"training\.(batch_size|beta|decay_to|eps|eval_|final_eval_tokens|grad_clip|load_balance_coef|log_every|lr_"
     r"|min_lr_ratio|sample_tokens|steps_|warmup_fraction|weight_decay|z_loss_coef).*"
     r"|phases\..+\.(batch_size|lr|steps)"
 )
