@@ -75,7 +75,8 @@ def adamw_group(name, weight, training, width=1, experts=1):
     elif "router" in name:
         grad_divisor, norm_weight = 1, 1 / width
     elif ".moe." in name:
-        grad_divisor, norm_weight = (experts * TOP_K) ** 0.5 * width, TOP_K
+        chosen = TOP_K if experts > 1 else 1  # experts that are no copies share no gradient
+        grad_divisor, norm_weight = (experts * chosen) ** 0.5 * width, chosen
     if training.lr_scaling == "none":
         inputs = grad_divisor = 1
     return {
