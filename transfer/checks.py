@@ -13,6 +13,7 @@ every grown parameter by its plan:
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,9 +73,12 @@ class FunctionDrift:
     """Share of the tokens that no flipped routing can reach."""
     probe_tokens: int
     max_logit_diff_fp32: float | None = None
-    """The same as max_logit_diff in float32, whose own rounding is most of it."""
+    """The same as max_logit_diff in float32, whose own rounding is most of it; None where its
+    routing leaves too little to compare."""
     logit_limit: float | None = None
     """How large max_logit_diff may be."""
+    margin_limit: float | None = None
+    """How large flip_margin may be."""
     plan_error: float | None = None
     """Largest difference between a weight and the sum of its copies, relative to the weight: of the
     largest values, and of the norms."""
@@ -95,11 +99,6 @@ class FunctionDrift:
     def flips_allowed(self) -> float:
         """Tokens whose routing may change."""
         return max(1, MAX_FLIPPED_SHARE * self.probe_tokens)
-
-    @property
-    def is_judged(self) -> bool:
-        """Whether flipped routing leaves enough of the probe to judge."""
-        return self.flipped <= self.flips_allowed and self.judged_share >= MIN_JUDGED_SHARE
 
     def __str__(self) -> str:
         unused = "; an expert gets no token of the probe" if self.load_min == 0 else ""
@@ -128,15 +127,9 @@ def compare_outputs(
         is_exact: Whether the function was to stay the same. If not, flipped routing excuses no
             logit.
     """
-    flipped_BT = torch.zeros_like(before.loss_BT, dtype=torch.bool)
-    flip_margin = 0.0
-    if before.expert_ids_BLTC.shape[1]:
-        kept = [i for i, old in enumerate(layers) if old is not None]
-        flipped_BLT = (before.expert_ids_BLTC != after.expert_ids_BLTC[:, kept]).any(-1)
-        flipped_BT = flipped_BLT.any(1)
-        flip_margin = before.margin_BLT.where(flipped_BLT, 0.0).max().item()
-    # Attention carries a flip on to the later tokens of its window.
-    untouched_BT = (flipped_BT & is_exact).cumsum(1) == 0
+    flipped_BLT, reached_BT = find_flips(before, after, layers)
+    untouched_BT = ~reached_BT if is_exact else torch.ones_like(reached_BT)
+    margins_BLT = before.margin_BLT.where(flipped_BLT, 0.0)
 
     kl, diff, top1 = [], [], []
     chunks = zip(before.logits(), after.logits(), strict=True)
@@ -156,11 +149,24 @@ def compare_outputs(
         max_logit_diff=torch.stack(diff).max().item(),
         kl=torch.stack(kl).sum().item() / tokens,
         top1_changed=torch.stack(top1).sum().item() / tokens,
-        flipped=int(flipped_BT.sum().item()),
-        flip_margin=flip_margin,
+        flipped=int(flipped_BLT.any(1).sum().item()),
+        flip_margin=margins_BLT.max().item() if margins_BLT.numel() else 0.0,
         judged_share=untouched_BT.sum().item() / tokens,
         probe_tokens=tokens,
     )
+
+
+def find_flips(
+    before: ProbeOutput, after: ProbeOutput, layers: list[int | None]
+) -> tuple[Tensor, Tensor]:
+    """Returns which tokens (B, L, T) go to other experts in a layer that both models have, and which
+    (B, T) that can reach: attention carries it on to the later tokens of its window."""
+    if not before.expert_ids_BLTC.shape[1]:
+        flipped_BLT = before.margin_BLT.bool()
+    else:
+        kept = [i for i, old in enumerate(layers) if old is not None]
+        flipped_BLT = (before.expert_ids_BLTC != after.expert_ids_BLTC[:, kept]).any(-1)
+    return flipped_BLT, flipped_BLT.any(1).cumsum(1) > 0
 
 
 def to_float64(x: Tensor) -> Tensor:
@@ -256,7 +262,10 @@ class PlanChecker:
 
 def rounding_limit(row: Tile, dtype: torch.dtype) -> float:
     """Returns how far rounding to `dtype` may take the sum of a weight's copies from the weight,
-    relative to it: a rounding for each copy, and a few for the noise and the sum."""
+    relative to it: a rounding for each copy, and a few for the noise and the sum; nothing where
+    none is rounded."""
+    if not row.is_rounded:
+        return torch.finfo(dtype).tiny
     copies = row.repeats[-1] if row.has_input_axis else 1
     return (copies + 3) * torch.finfo(dtype).eps / 2 * (1 + row.noise)
 
@@ -288,10 +297,11 @@ def grow(
     new = apply_plan(config, plan, state, seed, consume, checker)
     after = run_twice(new.model(), probe_BS)
 
-    logit_limit, loss_limit = resolve_tolerance(growth, by_rounding)
+    logit_limit, loss_limit = resolve_tolerance(growth, by_rounding.logit)
     drift = replace(
         compare_twice(before, after, match_plan_blocks(plan), growth.is_exact),
         logit_limit=logit_limit,
+        margin_limit=by_rounding.margin,
         **checker.summary(),
         **load_extremes(after[0], config.num_experts),
     )
@@ -322,7 +332,8 @@ def compare_twice(
     drift, in_float32 = (
         compare_outputs(*outputs, layers, is_exact) for outputs in zip(before, after, strict=True)
     )
-    return replace(drift, max_logit_diff_fp32=in_float32.max_logit_diff)
+    is_judged = in_float32.judged_share >= MIN_JUDGED_SHARE
+    return replace(drift, max_logit_diff_fp32=in_float32.max_logit_diff if is_judged else None)
 
 
 def plan_roundings(plan: Plan) -> float:
@@ -332,10 +343,21 @@ def plan_roundings(plan: Plan) -> float:
     return max((1 + row.noise for row in tiles), default=0.0)
 
 
-def rounding_drift(model: SLM, probe_BS: Tensor, output: ProbeOutput, roundings: float) -> float:
-    """Returns how far rounding alone may move a logit of a growing model.
+class RoundingDrift(NamedTuple):
+    """How far rounding alone moves a model."""
 
-    In float64 that is MAX_RELATIVE_DRIFT of the largest logit where no weight is rounded. Where
+    logit: float
+    """Largest |logit difference|."""
+    margin: float
+    """Largest change of a router's margin (`ProbeOutput.margin_BLT`)."""
+
+
+def rounding_drift(
+    model: SLM, probe_BS: Tensor, output: ProbeOutput, roundings: float
+) -> RoundingDrift:
+    """Returns how far rounding alone may move a growing model.
+
+    In float64 that is MAX_RELATIVE_DRIFT of the largest value where no weight is rounded. Where
     some are, it is more by FLOOR_FACTOR times what one rounding of every weight to float32 does to
     the first window. In float32 it is FLOOR_FACTOR times what computing in it does to that window.
 
@@ -345,23 +367,35 @@ def rounding_drift(model: SLM, probe_BS: Tensor, output: ProbeOutput, roundings:
         output: What the model computes on them, in the dtype that judges.
         roundings: How often its weights are rounded (`plan_roundings`).
     """
-    floor, window_1S = 0.0, probe_BS[:1]
+    floor, window_1S = RoundingDrift(0.0, 0.0), probe_BS[:1]
     if output.loss_BT.dtype == torch.float32:
         on_cpu = TrainState.from_model(model).to(torch.device("cpu")).model()
         kinds = torch.float32, torch.float64
-        floor = max_difference(*(run_probe(on_cpu, window_1S.cpu(), kind) for kind in kinds))
+        floor = measure_rounding(*(run_probe(on_cpu, window_1S.cpu(), kind) for kind in kinds))
+        roundings = 1.0
     elif roundings:
         stored = torch.promote_types(model.norm.weight.dtype, torch.float32)
         unit = torch.finfo(stored).eps / 2
         rounded = run_probe(model, window_1S, rounding=unit)
-        floor = roundings * max_difference(rounded, run_probe(model, window_1S))
-    return MAX_RELATIVE_DRIFT * output.largest_logit() + FLOOR_FACTOR * floor
+        floor = measure_rounding(rounded, run_probe(model, window_1S))
+    margins = output.margin_BLT[output.margin_BLT.isfinite()]
+    largest = output.largest_logit(), margins.max().item() if margins.numel() else 0.0
+    logit, margin = (
+        MAX_RELATIVE_DRIFT * value + FLOOR_FACTOR * roundings * moved
+        for value, moved in zip(largest, floor, strict=True)
+    )
+    return RoundingDrift(logit, margin)
 
 
-def max_difference(one: ProbeOutput, other: ProbeOutput) -> float:
-    """Returns the largest |logit difference| of two outputs on the same windows."""
-    pairs = zip(one.logits(), other.logits(), strict=True)
-    return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
+def measure_rounding(one: ProbeOutput, other: ProbeOutput) -> RoundingDrift:
+    """Returns how far apart two outputs of one model on the same windows are, on the tokens that no
+    flipped routing can reach."""
+    layers: list[int | None] = [*range(one.expert_ids_BLTC.shape[1])]
+    logit = compare_outputs(one, other, layers).max_logit_diff
+    _, reached_BT = find_flips(one, other, layers)
+    moved_BLT = (one.margin_BLT - other.margin_BLT).abs().masked_fill(reached_BT[:, None], 0.0)
+    moved_BLT = moved_BLT.nan_to_num(nan=0.0)  # where all experts are chosen
+    return RoundingDrift(logit, moved_BLT.max().item() if moved_BLT.numel() else 0.0)
 
 
 def resolve_tolerance(growth: Growth, by_rounding: float) -> tuple[float, float]:
@@ -380,11 +414,11 @@ def broken_limits(drift: FunctionDrift, loss_limit: float, is_exact: bool = True
     """Returns one phrase for each limit that is exceeded. NaN exceeds every limit.
 
     Args:
-        drift: What was measured, and its `logit_limit`.
+        drift: What was measured, and its `logit_limit` and `margin_limit`.
         loss_limit: Largest change of the loss, in nats.
         is_exact: Whether the function was to stay the same.
     """
-    assert drift.logit_limit is not None
+    assert drift.logit_limit is not None and drift.margin_limit is not None
     limits: dict[str, tuple[float, float]] = {
         "a logit moved by {:.3g} (max_logit_drift: {:.3g})": (
             drift.max_logit_diff,
@@ -396,7 +430,7 @@ def broken_limits(drift: FunctionDrift, loss_limit: float, is_exact: bool = True
         phrase = "the routing of {:.0f} probe tokens changed (allowed: {:g})"
         limits[phrase] = (drift.flipped, drift.flips_allowed)
         phrase = "a token left an expert that led by {:.3g} (allowed: {:.3g})"
-        limits[phrase] = (drift.flip_margin, drift.logit_limit)
+        limits[phrase] = (drift.flip_margin, drift.margin_limit)
         phrase = "flipped routing reaches {:.0%} of the probe (allowed: {:.0%})"
         limits[phrase] = (1 - drift.judged_share, 1 - MIN_JUDGED_SHARE)
     if drift.plan_error is not None and drift.plan_limit is not None:

@@ -56,7 +56,7 @@ def verify(
     )
     device = before.norm.weight.device
     by_rounding = rounding_drift(before, tokens_BT.to(device), old[0], ASSUMED_ROUNDINGS)
-    logit_limit, loss_limit = resolve_tolerance(nothing, by_rounding)
+    logit_limit, loss_limit = resolve_tolerance(nothing, by_rounding.logit)
     new = (new[0].to(device), new[1].to(device))
     same_experts = before.config.num_experts == after.config.num_experts
     if not (same_experts and before.config.top_k == after.config.top_k):
@@ -64,7 +64,8 @@ def verify(
         old = (old[0].without_routing(), old[1].without_routing())
     drift = compare_twice(old, new, match_blocks(old[0], new[0]))
     load = load_extremes(new[0], after.config.num_experts)
-    drift = replace(drift, logit_limit=logit_limit, **load)
+    limits = {"logit_limit": logit_limit, "margin_limit": by_rounding.margin}
+    drift = replace(drift, **limits, **load)
     if broken := broken_limits(drift, loss_limit):
         raise GrowthError(f"the models are not the same function: {'; '.join(broken)}", drift)
     return drift

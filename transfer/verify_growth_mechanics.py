@@ -240,8 +240,9 @@ def compare_checkpoints(before: Path, after: Path, unchecked: bool = False) -> b
         drift = replace(drift, **checker.summary())
     by_rounding = rounding_drift(model, old.probe, outputs[0], roundings)
     # Each growth may move the loss by its own limit, and a logit by the largest of their limits.
-    limits = [resolve_tolerance(growth, by_rounding) for growth in growths or [Deepen(0)]]
-    drift = replace(drift, logit_limit=max(logit for logit, _ in limits))
+    limits = [resolve_tolerance(growth, by_rounding.logit) for growth in growths or [Deepen(0)]]
+    logit_limit = max(logit for logit, _ in limits)
+    drift = replace(drift, logit_limit=logit_limit, margin_limit=by_rounding.margin)
     for name, value in asdict(drift).items():
         if value is not None:
             print(f"{name:<20}{value:.6g}")

@@ -4,6 +4,7 @@ import pytest
 
 from config import Deepen, TrainingConfig, Widen
 from tests.helpers.small_models import CONFIGS, DENSE, MOE
+from transfer import AdamWScale
 from utils.optim.commutation import MAX_GAP, CommutationTest, mutations, set_scale
 
 WIDEN_2, WIDEN_3 = Widen(2, noise=0.0), Widen(3, noise=0.0)
@@ -25,7 +26,9 @@ def test_growing_then_training_is_training_then_growing_with_clipping_and_decay(
 def test_every_rule_that_is_broken_opens_a_gap(config, growth):
     test = CommutationTest(config, growth)
     assert test.gap()[0] < MAX_GAP
-    for name, mutation in mutations(growth).items():
+    same = {f"same {field}": set_scale(**{field: 1.0}) for field in AdamWScale._fields}
+    rules = mutations(growth) | (same if isinstance(growth, Widen) else {})
+    for name, mutation in rules.items():
         # The smallest gap, that of eps, is not large, but a million times the rounding.
         assert test.gap(mutation)[0] > 1e6 * MAX_GAP, name
 

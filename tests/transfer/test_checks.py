@@ -22,6 +22,7 @@ from transfer.checks import (
     compare_outputs,
     grow,
     match_plan_blocks,
+    measure_rounding,
     resolve_tolerance,
 )
 from transfer.plan import Tile
@@ -62,7 +63,9 @@ def rerouted(output, *tokens):
 
 
 def drift_and_broken_limits(before, after, layers=(0, 1)):
-    drift = replace(compare_outputs(before, after, list(layers)), logit_limit=LIMIT)
+    drift = replace(
+        compare_outputs(before, after, list(layers)), logit_limit=LIMIT, margin_limit=LIMIT
+    )
     return drift, broken_limits(drift, LIMIT / 10)
 
 
@@ -81,7 +84,7 @@ def limits_broken_by(tamper, config, growth, name):
     outputs = (run_probe(s.model(), windows(config)) for s in (old, new))
     drift = compare_outputs(*outputs, match_plan_blocks(plan))
     assert checker.worst()[0] == name or "router" in name
-    drift = replace(drift, logit_limit=1e-10, **checker.summary())
+    drift = replace(drift, logit_limit=1e-10, margin_limit=1e-10, **checker.summary())
     return " ".join(broken_limits(drift, 1e-10))
 
 
@@ -93,6 +96,7 @@ def test_an_exact_growth_passes_and_is_measured(config, growth, dtype):
     assert drift.max_logit_diff <= drift.logit_limit < 1e-4
     assert abs(drift.loss_drift) < 2 * drift.logit_limit and abs(drift.kl) < 1e-10
     assert drift.plan_error <= drift.plan_limit < 1e-6
+    assert (drift.plan_error == 0) == (not isinstance(growth, Widen) or not growth.noise)
     assert drift.max_logit_diff_fp32 < 1e-4
     assert drift.loss_after == pytest.approx(drift.loss_before)
     assert drift.probe_tokens == 3 * 13 and drift.judged_share == 1
@@ -222,7 +226,11 @@ def test_noise_that_is_missing_on_one_matrix_is_noticed(name):
 
     apply_plan(config, plan, random_state(MOE), inspect=inspect)
     assert checker.summary()["noise_std"] == 0
-    drift = replace(compare_outputs(probe_output(), probe_output(), [0, 1]), logit_limit=LIMIT)
+    drift = replace(
+        compare_outputs(probe_output(), probe_output(), [0, 1]),
+        logit_limit=LIMIT,
+        margin_limit=LIMIT,
+    )
     (broken,) = broken_limits(replace(drift, **checker.summary()), LIMIT)
     assert broken == "a matrix's noise is off what was asked for by 1 (allowed: 0.3)"
 
@@ -328,3 +336,30 @@ def test_a_tolerance_left_open_is_what_rounding_may_do_where_the_function_is_kep
         (Tolerance(3.0, 4.0), (3.0, 4.0)),
     ):
         assert resolve_tolerance(replace(growth, tolerance=own), 1e-5) == limits
+
+
+def test_a_flipped_token_is_no_part_of_what_rounding_does():
+    """Two nearly equal experts of a random mixture: float32 sends tokens elsewhere, and what that
+    moves would hide any fault."""
+    exact, rounded = probe_output(), rerouted(probe_output(), (1, 0, 250))
+    rounded.hidden_BTD[1, 250:, 3] += 5
+    rounded.hidden_BTD[0, 7, 1] += 1e-6
+    rounded.margin_BLT[1, 1, 251] += 3
+    rounded.margin_BLT[2, 1, 3] += 1e-5
+    floor = measure_rounding(rounded, exact)
+    assert floor.logit == pytest.approx(1e-6, rel=0.2)
+    assert floor.margin == pytest.approx(1e-5, rel=0.01)
+
+
+def test_a_weight_in_bf16_that_is_only_repeated_may_not_be_off_at_all():
+    checker = PlanChecker()
+
+    def inspect(param, row, old, new):
+        if param == "blocks.0.moe.up_proj":
+            new[1].mul_(1.01)
+        checker(param, row, old, new)
+
+    config, plan = make_plan(DENSE, Upcycle(4))
+    apply_plan(config, plan, random_state(DENSE, torch.bfloat16), inspect=inspect)
+    worst, error, limit = checker.worst()
+    assert worst == "blocks.0.moe.up_proj" and error > limit

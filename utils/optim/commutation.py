@@ -141,6 +141,7 @@ WIDENING: dict[str, Mutation] = {
     "second moment not squared": leave_share_unsquared,
     "same lr": set_scale(lr=1.0),
     "same eps": set_scale(eps=1.0),
+    "same decay": set_scale(weight_decay=1.0),
     "same norm": set_scale(norm_weight=1.0),
 }
 DEEPENING: dict[str, Mutation] = {
