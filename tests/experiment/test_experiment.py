@@ -34,7 +34,7 @@ def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(s
     ]
     before = {select_events(events, "grow")[0]["valid_loss_fp32"] for events in histories}
     assert len(before) == 1, "one checkpoint, which no variant has changed"
-    ends = {select_events(events, "eval")[-1]["valid_loss"] for events in histories}
+    ends = {select_events(events, "eval")[-1]["final_valid_loss"] for events in histories}
     assert len(ends) == 8, "variants and seeds differ"
     kept = report_of(small.out / "upcycle.jsonl").replace("|", " ").splitlines()
     words = [" ".join(line.split()) for line in kept if "---" not in line]

@@ -20,7 +20,8 @@ TRIALS = 1000
 def make_history(end_loss, seed, loss_after_growth=2.25):
     where = {"phase": 2, "phase_name": "moe"}
     after = {"step": 0, "valid_loss": 9.0, "valid_loss_fp32": loss_after_growth}
-    end = {"step": 9, "valid_loss": float(end_loss), "copy_distance": 0.1, "expert_load": [[1.0]]}
+    losses = {"valid_loss": 8.0 - end_loss, "final_valid_loss": float(end_loss)}
+    end = {"step": 9, **losses, "copy_distance": 0.1, "expert_load": [[1.0]]}
     events = [
         {"event": "run", "seed": seed},
         {"event": "grow", **where, "valid_loss_fp32": 2.0},
@@ -156,12 +157,12 @@ def test_a_thinned_history_is_what_the_run_wrote_and_says_what_is_missing(tmp_pa
     run.pop("thinned", None)
     write_history(tmp_path / HISTORY_FILE, [run, *others])
     file = tmp_path / "kept.jsonl"
-    keep_run(tmp_path, file, step_every=4, drop=("expert_load",))
+    keep_run(tmp_path, file, step_every=4, drop=("router_entropy",))
     kept_run, *kept = read_history(file)
-    assert kept_run == run | {"thinned": "1 of 4 step lines, without expert_load"}
+    assert kept_run == run | {"thinned": "1 of 4 step lines, without router_entropy"}
     steps = select_events(others, "step")[3::4]
     expected = [event for event in others if event["event"] != "step" or event in steps]
-    assert kept == [{k: v for k, v in e.items() if k != "expert_load"} for e in expected]
+    assert kept == [{k: v for k, v in e.items() if k != "router_entropy"} for e in expected]
     keep_run(tmp_path, file)
     assert read_history(file) == [run | {"thinned": "1 of 1 step lines"}, *others]
     assert report_of(file) == report_of(tmp_path / HISTORY_FILE)

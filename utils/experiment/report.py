@@ -29,16 +29,19 @@ def format_report(
         format_rows: Makes lines of a table.
     """
     ends_VS = np.array(
-        [[last_value(events, "valid_loss") for events in seeds] for seeds in histories.values()]
+        [
+            [last_value(events, "final_valid_loss") for events in seeds]
+            for seeds in histories.values()
+        ]
     )
     tables = format_rows(variant_rows(histories, ends_VS)), format_rows(settling_rows(histories))
     return "\n".join([*tables[0], "", claim_note(ends_VS), "", *tables[1]])
 
 
 def variant_rows(histories: Histories, ends_VS: np.ndarray) -> TableRows:
-    """Returns a row per variant, means over seeds: the validation loss at the end, how far it ended
-    above the best variant and what that means, how its copies and experts are used, and its
-    seconds."""
+    """Returns a row per variant, means over seeds: the validation loss at the end, on
+    `final_eval_tokens` tokens, how far it ended above the best variant and what that means, how its
+    copies and experts are used, and its seconds."""
     means_V, margin = ends_VS.mean(1), chance_margin(ends_VS)
     best = int(means_V.argmin())
     usage = ("copy_distance", "expert_distance", "underused_experts")
