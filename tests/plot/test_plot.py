@@ -180,6 +180,12 @@ def test_a_growth_that_hurt_is_seen_whole_and_the_first_steps_do_not_squash_it()
     assert all(loss < high for loss in losses[2:])
 
 
+def test_a_run_that_begins_with_a_growth_is_seen_from_there_on():
+    events = make_history({"wide": ("Widen", 500, 512)})
+    _, high = make_figure({"a": events, "b": events}).axes[0].get_ylim()
+    assert high > max(e["valid_loss"] for e in events if e["event"] == "eval")
+
+
 def test_the_losses_of_a_model_that_learns_its_text_by_heart_are_all_seen():
     events = make_history(FULL)
     for event in events:

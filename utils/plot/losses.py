@@ -34,16 +34,18 @@ def draw_losses(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str)
 
 
 def loss_limits(runs: Sequence[Sequence[PhaseEvents]]) -> tuple[float, float]:
-    """Returns limits around all losses of some runs, but for those of a run's first steps, near
-    log(vocabulary), and those of a collapse."""
+    """Returns limits around all losses of some runs, but for those of the first steps of a new
+    model, near log(vocabulary), and those of a collapse."""
     shown, typical = [], 0.0
     for phases in runs:
         start, end = phases[0].x_range
+        is_new = not select_events(phases[0].events, "grow")
+        first = start + (end - start) / 4 if is_new else start
         events = [event for phase in phases for event in phase.events]
         for kind, field in LOSS_FIELDS.items():
             xs, losses = series(events, kind, field)
             if losses.size:
-                shown.extend(losses[xs >= min(start + (end - start) / 4, xs[-1])])
+                shown.extend(losses[xs >= min(first, xs[-1])])
                 # Of each kind: a model that overfits has two typical losses, and no collapse.
                 typical = max(typical, float(np.median(losses)))
     low, high = min(shown), min(max(shown), 3 * typical)
