@@ -342,7 +342,7 @@ class Tolerance:
     no limit where the function changes."""
     max_loss_drift: NonNegativeFloat | None = None
     """Largest change of the loss in nats per token. None: twice what rounding may do to a logit
-    where the function is kept, and 2 where it changes, four times what re-initialising half of each
+    where the function is kept, and 2 where it changes, five times what re-initialising half of each
     expert cost (docs/growth.md)."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
-from utils.experiment.records import report_of
+from utils.experiment.records import report_of, split_runs
+from utils.metrics.history import read_history, select_events
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -68,3 +69,11 @@ def test_tables_of_runs_are_those_that_their_histories_give():
 def test_the_histories_that_are_kept_take_less_than_a_megabyte():
     files = list((ROOT / "docs").rglob("*.jsonl"))
     assert files and sum(file.stat().st_size for file in files) < 2**20
+
+
+def test_a_kept_history_has_all_step_lines_of_its_run_or_says_how_it_was_thinned():
+    for file in (ROOT / "docs").rglob("*.jsonl"):
+        for run, *events in split_runs(read_history(file)):
+            steps = [event["step"] for event in select_events(events, "step")]
+            gaps = {b - a for a, b in pairwise(steps) if b > a}
+            assert "thinned" in run or max(gaps) == run["config"]["training"]["log_every"], file

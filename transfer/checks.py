@@ -34,7 +34,7 @@ MAX_FLIPPED_SHARE = 1e-3
 MIN_JUDGED_SHARE = 0.75
 """Share of probe tokens that no flipped routing may reach, so that their logits are judged."""
 MAX_LOSS_CHANGE = 2.0
-"""Largest change of the loss, in nats, by a growth that is not exact: four times what
+"""Largest change of the loss, in nats, by a growth that is not exact: five times what
 re-initialising half of each expert cost (docs/growth.md)."""
 MAX_STD_ERROR = 0.3
 """Relative difference of a new router's spread from Xavier's law, or of a matrix's noise from what
