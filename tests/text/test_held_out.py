@@ -46,6 +46,24 @@ def test_a_name_counts_beside_the_same_name_for_training():
     }
 
 
+def test_the_hash_of_a_part_is_no_word_of_its_name():
+    train, valid, test = (
+        "train-00000-of-00001-a09b74b3ef9c3b5f.parquet",
+        "validation-00000-of-00001-8c7cd4f2a7ef4b2a.parquet",
+        "test-00000-of-00001-70e2eb1dd5f3bb42.parquet",
+    )
+    assert kinds(train, valid, test) == {TRAIN: [train], VALID: [valid], TEST: [test]}
+    prefixed = [f"stories-{name}" for name in (train, valid, test)]
+    assert list(kinds(*prefixed).values()) == [[name] for name in prefixed]
+
+
+@pytest.mark.parametrize("prefix", ["", "wmt14."])
+@pytest.mark.parametrize("suffix", [".en.txt", ".de-en.jsonl.gz", ".zh-00000-of-00001.parquet"])
+def test_a_language_may_follow_the_word_that_counts(prefix, suffix):
+    names = [f"{prefix}{word}{suffix}" for word in ("train", "valid", "test")]
+    assert list(kinds(*names).values()) == [[name] for name in names]
+
+
 def test_a_folders_name_counts_for_all_that_is_in_it():
     files = ("a.txt", "dev/x/b.txt", "test/c.txt", "wiki_train/d.txt", "wiki_val/e.txt")
     assert kinds(*files) == {

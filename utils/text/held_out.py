@@ -17,8 +17,9 @@ KIND_OF_WORD = {
     **dict.fromkeys(("valid", "validation", "val", "dev"), VALID),
     "test": TEST,
 }
-SHARD = re.compile(r"[-_. ]*\d+([-_. ]of[-_. ]\d+)?$")
-"""The number at the end of a name that is one of several parts."""
+SHARD = re.compile(r"[-_. ]*\d+([-_. ]of[-_. ]\d+([-_. ][0-9a-f]{8,})?)?$")
+"""The number at the end of a name that is one of several parts, and the hash behind it that the hub
+once gave each part."""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -32,11 +33,11 @@ def kind_by_words(words: tuple[str, ...], siblings: Collection[tuple[str, ...]])
     `stories-valid` beside `stories-train`; `driving-test` alone is a text like any other."""
     if len(words) == 1:
         return KIND_OF_WORD.get(words[0], TRAIN)
-    for position in (0, len(words) - 1):
+    for position, word in enumerate(words):
         for train_word in ("train", "training"):
             twin = (*words[:position], train_word, *words[position + 1 :])
-            if twin in siblings and words[position] in KIND_OF_WORD:
-                return KIND_OF_WORD[words[position]]
+            if twin in siblings and word in KIND_OF_WORD:
+                return KIND_OF_WORD[word]
     return TRAIN
 
 
