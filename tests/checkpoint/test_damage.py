@@ -4,13 +4,15 @@ import io
 import pickle
 import random
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from config import InputError
+from config import InputError, tiny
 from models import SLM
 from tests.helpers.damage import (
     PARAM,
@@ -31,10 +33,11 @@ from utils.checkpoint.model import (
     load_checkpoint,
     save_checkpoint,
 )
-from utils.runtime.atomic_io import CHECKSUM_TAG, checksum_trailer
+from utils.runtime.atomic_io import ADD_CHECKSUM, CHECKSUM_TAG, checksum_trailer
 from utils.text.builtin.stories import builtin_stories
 from utils.text.special_tokens import SpecialTokens
-from utils.text.tokenizer import learn_tokenizer
+from utils.text.tokenizer import learn_tokenizer, read_tokenizer
+from utils.training.init_from import find_own_checkpoint
 
 
 def zip_pickle(pickled: bytes) -> bytes:
@@ -189,6 +192,25 @@ def test_a_checkpoint_that_torch_has_saved_again_is_read_if_asked_to(folder, who
     assert good == again
     assert compare_checkpoints(Path("good.pt"), Path("again.pt"), unchecked=True)
     assert_refused(Path("again.pt").read_bytes(), NO_SUM, folder, capsys)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: find_own_checkpoint(replace(tiny(), init_from="bad.pt")),
+        lambda: read_tokenizer("bad.pt"),
+    ],
+    ids=["init_from", "data.tokenizer"],
+)
+def test_a_reader_without_the_option_says_how_to_add_a_checksum(read: Callable[[], object], folder):
+    path = Path("bad.pt")
+    torch.save(torch.load("good.pt", weights_only=True), path)
+    with pytest.raises(InputError) as raised:
+        read()
+    assert str(raised.value).endswith(f"torch.save has written it again{ADD_CHECKSUM}")
+    assert "--unchecked" not in ADD_CHECKSUM
+    save_checkpoint(path, load_checkpoint(path, unchecked=True))
+    assert read()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from config import (
 )
 from transfer import TrainState
 from transfer.plan import param_shapes
-from utils.runtime.atomic_io import ends_as_zip, load_tensors, save_tensors
+from utils.runtime.atomic_io import ADD_CHECKSUM, load_tensors, save_tensors
 from utils.runtime.device import on_cpu
 from utils.text.special_tokens import SpecialTokens
 
@@ -79,19 +79,20 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     save_tensors(path, content)
 
 
-def load_checkpoint(path: Path, unchecked: bool = False) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, also one without its checksum if `unchecked`.
+def load_checkpoint(path: Path, unchecked: bool | None = None) -> Checkpoint:
+    """Reads a checkpoint onto the CPU.
+
+    Args:
+        path: The file.
+        unchecked: Read it also without its checksum. None is False where no `--unchecked` is
+            offered, so that the error names none.
 
     Raises:
         InputError: for a file that is missing, damaged or no checkpoint, has no checksum unless
             `unchecked`, and for weights that are not all there, of another shape or not finite.
     """
-    require(
-        unchecked or not ends_as_zip(path),
-        f"{path}: its checksum is missing, as where torch.save has written it again; --unchecked "
-        "reads it all the same",
-    )
-    content = load_tensors(path, unchecked)
+    remedy = ADD_CHECKSUM if unchecked is None else "; --unchecked reads it all the same"
+    content = load_tensors(path, bool(unchecked), remedy)
     schema = content.pop("schema", None)
     require(
         schema == CHECKPOINT_SCHEMA,

@@ -142,6 +142,13 @@ class ChecksumWriter:
         self.file.flush()
 
 
+ADD_CHECKSUM = (
+    "; save_checkpoint(path, load_checkpoint(path, unchecked=True)) of utils.checkpoint.model "
+    "writes it with one"
+)
+"""The remedy for a checkpoint without a checksum, where no option reads it all the same."""
+
+
 def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
     """Writes plain values and tensors, whole or not at all, in a file that `torch.load(path,
     weights_only=True)` reads too.
@@ -169,19 +176,20 @@ def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
         file.write(checksum_trailer(writer.crc))
 
 
-def load_tensors(path: Path, unchecked: bool = False) -> dict:
+def load_tensors(path: Path, unchecked: bool = False, remedy: str = "") -> dict:
     """Reads what `save_tensors` wrote onto the CPU; nothing in the file is executed.
 
     Args:
         path: The file.
         unchecked: Read it also where its checksum is missing, which `torch.save` does not write.
+        remedy: What to do about a checksum that is missing, for the error that says so.
 
     Raises:
         InputError: if the file is missing, damaged (a single bit is enough) or something else.
     """
     require(path.is_file(), f"{path}: there is no such checkpoint")
     if not (unchecked and ends_as_zip(path)):
-        verify_checksum(path)
+        verify_checksum(path, remedy)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what another program wrote fails in any way
@@ -197,15 +205,18 @@ def checksum_trailer(crc: int) -> bytes:
 
 def ends_as_zip(path: Path) -> bool:
     """Whether a file ends as what torch saves does, a zip archive, with no checksum behind it."""
-    if not path.is_file():
-        return False
     with path.open("rb") as file:
         file.seek(-min(ZIP_END_BYTES, path.stat().st_size), os.SEEK_END)
         return file.read().startswith(ZIP_END_TAG)
 
 
-def verify_checksum(path: Path) -> None:
-    """Raises InputError unless the file ends with the checksum of what is in front of it."""
+def verify_checksum(path: Path, remedy: str = "") -> None:
+    """Raises InputError unless the file ends with the checksum of what is in front of it, with
+    `remedy` where it has none."""
+    require(
+        not ends_as_zip(path),
+        f"{path}: its checksum is missing, as where torch.save has written it again{remedy}",
+    )
     size = path.stat().st_size - len(CHECKSUM_TAG) - CHECKSUM_DIGITS
     with path.open("rb") as file:
         crc = file_crc32(file, max(size, 0))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from config import DataConfig, InputError, require
 from utils.runtime import hub
-from utils.runtime.atomic_io import load_tensors
+from utils.runtime.atomic_io import ADD_CHECKSUM, load_tensors
 from utils.runtime.threads import call_interruptibly
 from utils.text.sources import SEPARATOR
 from utils.text.special_tokens import (
@@ -67,7 +67,7 @@ def is_checkpoint(name: str) -> bool:
 def read_checkpoint_tokenizer(name: str) -> tuple[Tokenizer, SpecialTokens]:
     """Returns the tokenizer of a checkpoint of this project, and its special tokens. Raises
     InputError for a file that is missing, damaged or no checkpoint."""
-    content = load_tensors(Path(name).expanduser())
+    content = load_tensors(Path(name).expanduser(), remedy=ADD_CHECKSUM)
     try:
         special_tokens = SpecialTokens(**content["special_tokens"])
         return Tokenizer.from_str(content["tokenizer"]), special_tokens
