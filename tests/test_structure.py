@@ -4,10 +4,13 @@ read is written in whole sentences."""
 import ast
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 RANKS = [
@@ -43,6 +46,12 @@ COMMANDS = {
     "experiment report": ["-m", "utils.experiment", "report", "--help"],
     "experiment keep": ["-m", "utils.experiment", "keep", "--help"],
 }
+
+LATE_LIBRARIES = {
+    "datasets", "huggingface_hub", "matplotlib", "pyarrow", "tensorboard", "transformers", "tyro",
+}  # fmt: skip
+"""Libraries that only what uses them imports: a call of the functions that train works without
+them, and each costs time at every start."""
 
 
 def source_files() -> list[Path]:
@@ -144,6 +153,35 @@ def test_every_command_ends_as_run_command_says():
 
 def test_packages_of_utils_import_nothing_by_themselves():
     assert not [p for p in (ROOT / "utils").rglob("__init__.py") if p.read_text().strip()]
+
+
+def test_training_starts_without_the_libraries_that_it_may_not_need():
+    code = "import sys, train, transfer, utils.training.phase; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not LATE_LIBRARIES & set(done.stdout.split())
+
+
+def test_every_library_is_declared_and_pinned_to_a_version_that_is_allowed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    required = list(map(Requirement, project["project"]["dependencies"]))
+    tools = map(Requirement, project["dependency-groups"]["dev"])
+    allowed = {library.name: library.specifier for library in [*required, *tools]}
+    assert pins.keys() == allowed.keys()
+    assert not {name: pin for name, pin in pins.items() if pin not in allowed[name]}
+    imported = {
+        canonicalize_name(module.split(".")[0])
+        for path in source_files()
+        for module in imported_modules(ast.parse(path.read_text()))
+        if room_of(module) is None
+    }
+    extras = project["project"]["optional-dependencies"].values()
+    optional = {Requirement(line).name for lines in extras for line in lines}
+    foreign = imported - {canonicalize_name(name) for name in sys.stdlib_module_names}
+    assert foreign - optional - {"triton"} == {library.name for library in required}
 
 
 def public_names(tree: ast.Module) -> set[str]:
