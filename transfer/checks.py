@@ -159,8 +159,8 @@ def compare_outputs(
 def find_flips(
     before: ProbeOutput, after: ProbeOutput, layers: list[int | None]
 ) -> tuple[Tensor, Tensor]:
-    """Returns which tokens (B, L, T) go to other experts in a layer that both models have, and which
-    (B, T) that can reach: attention carries it on to the later tokens of its window."""
+    """Returns which tokens (B, L, T) go to other experts in a layer that both models have, and
+    which (B, T) that can reach: attention carries it on to the later tokens of its window."""
     if not before.expert_ids_BLTC.shape[1]:
         flipped_BLT = before.margin_BLT.bool()
     else:
