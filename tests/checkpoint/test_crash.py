@@ -201,6 +201,21 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_old_point_intact(start_run, run
     finish_and_compare(start_run, run, undisturbed)
 
 
+@pytest.mark.parametrize(
+    "first, second",
+    [(signal.SIGHUP, signal.SIGHUP), (signal.SIGUSR1, signal.SIGTERM)],
+    ids=["a terminal that is closed", "a job's time limit"],
+)
+def test_a_point_that_is_being_written_is_kept_though_another_signal_comes(
+    first, second, start_run, run
+):
+    asks, goes_on = split_moments("before STEP 4, after torch.save 2")
+    assert wait_for_exit(start_run(run, (asks, first), (goes_on, second))) == 128 + first
+    point = resume_points_of(run)[-1]
+    assert point.name == "phase001-step00000004.pt" and load_tensors(point)
+    assert read_output(run, "stderr").startswith(f"stopped by {first.name}; ")
+
+
 def test_a_folder_belongs_to_one_live_run_and_is_free_once_that_is_killed(
     start_run, run, undisturbed
 ):

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
@@ -39,18 +41,31 @@ def test_a_terminal_that_is_closed_stops_no_run_that_is_to_outlive_it():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_signal_ends_a_command_but_no_notebook():
-    def interrupt_twice():
-        with defer_signals():
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Stopped), raise_on_signals(), raise_on_signals():
-        interrupt_twice()
+def run_forked(numbers: Sequence[int], owns_process: bool) -> int:
+    """Returns the exit code of a process that gets signals in what is to be done wholly; 0 if it
+    was."""
     if not (pid := os.fork()):
-        with raise_on_signals(owns_process=True), raise_on_signals():
-            interrupt_twice()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGINT
+        with raise_on_signals(owns_process), raise_on_signals(), defer_signals():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+ONCE = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+AGAIN = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("numbers", [*product(AGAIN, AGAIN)])
+def test_who_insists_ends_a_command_but_no_notebook(numbers):
+    assert run_forked(numbers, owns_process=True) == 128 + numbers[-1]
+    assert run_forked([signal.SIGHUP, *numbers], owns_process=True) == 128 + numbers[-1]
+    assert run_forked(numbers, owns_process=False) == 0
+
+
+@pytest.mark.parametrize("numbers", [*product(ONCE, ONCE + AGAIN), *product(AGAIN, ONCE)])
+def test_signals_that_come_together_leave_time_to_do_what_is_begun(numbers):
+    assert run_forked(numbers, owns_process=True) == 0
 
 
 def test_a_thread_that_can_handle_no_signal_runs_all_the_same():

@@ -15,6 +15,9 @@ HANDLED_SIGNALS = [
 ]
 """Ctrl-C, what ends processes, a terminal that is closed, and what a job's time limit may send;
 those of them that the system has."""
+INSISTENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What is sent again to a process that does not end. The others come in numbers for one reason:
+a terminal that is closed may send SIGHUP twice, a job's time limit SIGTERM after SIGUSR1."""
 
 
 class Stopped(BaseException):
@@ -33,17 +36,20 @@ class SignalState:
     received: int | None = None
     is_deferred = False
     owns_process = False
-    """Whether a command is the process, which a second signal then ends."""
+    """Whether a command is the process, which a second insistent signal then ends."""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Raises Stopped, or waits while signals are deferred. A second signal leaves at once, or
-        is ignored where the process is more than a command."""
-        if self.received is not None:
+        """Raises Stopped, or waits while signals are deferred. Later signals are ignored, but for a
+        second insistent one where a command is the process: it leaves at once."""
+        is_first = self.received is None
+        if not is_first and number not in INSISTENT_SIGNALS:
+            return
+        if self.received in INSISTENT_SIGNALS:
             if self.owns_process:
                 os._exit(128 + number)
             return
         self.received = number
-        if not self.is_deferred:
+        if is_first and not self.is_deferred:
             raise Stopped(number)
 
 
@@ -53,7 +59,7 @@ signal_state = SignalState()
 @contextmanager
 def raise_on_signals(owns_process: bool = False) -> Iterator[None]:
     """Makes the handled signals raise Stopped within, unless they do so already, or this thread can
-    handle none. `owns_process` lets a second signal end the process.
+    handle none. `owns_process` lets a second insistent signal end the process.
 
     SIGHUP stays ignored where it is: `nohup` says that the run outlives its terminal.
     """
