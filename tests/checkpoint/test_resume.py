@@ -79,6 +79,7 @@ ADJUSTS_THE_RUN = {
     "log_every": 7,
     "eval_every": 7,
     "eval_tokens": 70,
+    "final_eval_tokens": 700,
     "sample_tokens": 7,
 }
 """Settings of `training` that may change in phase 2 after step 17 of 20."""

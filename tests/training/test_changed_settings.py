@@ -180,19 +180,29 @@ def test_changes_are_recorded_printed_and_drawn(base_run, tmp_path, capsys):
     assert sum(list(each.get_xdata()) == [384, 384] for each in lines) == 1
 
 
-def test_losses_on_other_text_are_not_compared_with_that_before_the_growth(base_run, tmp_path):
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"eval_tokens": 700},
+        {"final_eval_tokens": 900},
+        {"eval_tokens": 700, "final_eval_tokens": 900},
+    ],
+)
+def test_losses_on_other_text_are_not_compared_with_that_before_the_growth(
+    others, base_run, tmp_path
+):
     training = replace(FLAT, eval_every=1)
     phases = {"a": Phase(steps=1, batch_size=2), "b": Phase(Upcycle(4), steps=4, batch_size=2)}
     run = replace(base_run, training=training, phases=phases, out=tmp_path / "run")
     stop_run(run, 3)
-    events = resume(run, eval_tokens=700)
+    events = resume(run, **others)
     evals = [event for event in select_events(events, "eval") if event["phase"] == 2]
     compared = [event["step"] for event in evals if "above_growth" in event]
     assert compared == [0, 1] and [event["step"] for event in evals] == [0, 1, 2, 3, 4]
-    whole = train_with(replace(run, out=tmp_path / "whole"), eval_tokens=700)
+    whole = train_with(replace(run, out=tmp_path / "whole"), **others)
     main(whole)
-    others = select_events(read_history(whole.out / HISTORY_FILE), "eval")[-5:]
-    same = [a["valid_loss"] == b["valid_loss"] for a, b in zip(evals, others, strict=True)]
+    whole_evals = select_events(read_history(whole.out / HISTORY_FILE), "eval")[-5:]
+    same = [a["valid_loss"] == b["valid_loss"] for a, b in zip(evals, whole_evals, strict=True)]
     assert same == [False, False, True, True, True]  # what is evaluated changes no weight
 
 

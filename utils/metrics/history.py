@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
 from config import InputError, require
@@ -14,6 +14,8 @@ HISTORY_FILE = "training_history.jsonl"
 PLOT_FILE = "training_curves.png"
 POSITION_FIELDS = {"event", "wall_s", "phase", "phase_name", "step", "tokens"}
 """Fields that say when something was measured, not what."""
+EVALUATED_TEXT_SETTINGS = {"training.eval_tokens", "training.final_eval_tokens"}
+"""Settings that move all windows that are evaluated: the regular ones are among the final ones."""
 LR_FIELDS = {"lr", "lr_min", "lr_max"}
 """The schedule's learning rate, and the lowest and the highest that a parameter has."""
 
@@ -156,12 +158,14 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
 
     Both losses are in float32 where the evaluation tells it so; otherwise the loss is taken to be
     off float32's by as much as it was right after the growth. Evaluations on other text than that,
-    which a change of `training.eval_tokens` brings, cannot be compared with it and are left out.
+    which a change of EVALUATED_TEXT_SETTINGS brings, cannot be compared with it and are left out.
     """
-    own = phase_events(events, phase)
-    for change in select_events(own, "change"):
-        if change["setting"] == "training.eval_tokens":
-            own = own[: own.index(change)]
+    own = list(
+        takewhile(
+            lambda event: event.get("setting") not in EVALUATED_TEXT_SETTINGS,
+            phase_events(events, phase),
+        )
+    )
     before = [event.get("valid_loss_fp32") for event in select_events(own, "grow")]
     evals = select_events(own, "eval")
     if not evals or not before or before[-1] is None:
