@@ -1,5 +1,6 @@
 """What a run says of itself: the header tells what is trained on, evaluated and left out."""
 
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 
 from config import DataConfig
 from tests.helpers.small_runs import small_run
+from transfer import FunctionDrift
 from utils.data import prepare_corpus, valid_windows
-from utils.metrics.console import run_header
+from utils.metrics.console import run_header, run_summary
 from utils.schedule.phases import resolve_phases
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
@@ -47,3 +49,10 @@ def test_the_header_tells_how_much_is_held_out_and_where_the_text_was_cut(header
     assert share in text and "cut after" not in text
     text = header({}, num_stories=30, valid_fraction=0.2)
     assert "cut after 24 training and 6 validation stories (data.num_stories)" in text
+
+
+def test_the_summary_has_a_dash_for_what_a_growth_left_without_a_finite_value():
+    unmeasured = FunctionDrift(2.0, nan, nan, nan, nan, 0.0, 0, 0.0, 1.0, 64)
+    grow = {"event": "grow", "phase": 2, "phase_name": "moe", "growth": "Upcycle"}
+    row = run_summary([grow | unmeasured.to_json()]).splitlines()[-1]
+    assert " ".join(row.split()) == "Upcycle -> moe 2.000000 - - - - 0 of 64 -"

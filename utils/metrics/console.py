@@ -221,14 +221,18 @@ def settling_cell(grow: dict, events: list[dict]) -> str:
 
 def growth_row(event: dict) -> tuple[str, ...]:
     """Returns a growth's row in the summary, without the losses that followed."""
-    distance = event["copy_distance"]
     return (
         f"{event['growth']} -> {event['phase_name']}",
-        f"{event['loss_before']:.6f}",
-        f"{event['loss_after']:.6f}",
-        f"{event['loss_drift']:.1e}",
-        f"{event['max_logit_diff']:.1e}",
-        f"{event['max_logit_diff_fp32']:.1e}",
+        format_measured(event["loss_before"], ".6f"),
+        format_measured(event["loss_after"], ".6f"),
+        format_measured(event["loss_drift"], ".1e"),
+        format_measured(event["max_logit_diff"], ".1e"),
+        format_measured(event["max_logit_diff_fp32"], ".1e"),
         f"{event['flipped']} of {event['probe_tokens']}",
-        f"{distance:.3f}" if distance is not None else "-",
+        format_measured(event["copy_distance"], ".3f"),
     )
+
+
+def format_measured(value: float | None, spec: str) -> str:
+    """Returns a value in a format, or a dash for one that was not measured or not finite."""
+    return "-" if value is None else f"{value:{spec}}"
