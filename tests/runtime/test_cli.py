@@ -74,7 +74,9 @@ def test_a_schedule_of_its_own_is_overridden_by_the_names_of_its_phases(monkeypa
     monkeypatch.setitem(PRESETS, "own", lambda: own)
     run = parse_run(["own", "--phases.wide.growth.factor", "3", "--phases.dense.steps", "9"])
     assert run.schedule == {"dense": Phase(steps=9), "wide": Phase(Widen(3), steps=4)}
-    assert "training.steps_phase1" in parse_error(["own", "--training.steps-phase1", "9"], capsys)
+    for flags in ("--training.steps-phase1 9", "--resume --training.batch-size-phase3 7"):
+        error = parse_error(["own", *flags.split()], capsys)
+        assert "training." in error and "would have no effect" in error
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -181,10 +183,13 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path)
     path.parent.mkdir()
     with History(path) as history:
         history("run")
+        history("checkpoint", path="last.pt")
         history(last)
     before = path.read_bytes(), path.stat().st_mtime_ns
     code, _, error = train("")
     assert code == 2 and kind in error and "--overwrite" in error
+    further = f"train.py single --init-from {tmp_path}/run/last.pt --out NEW_FOLDER trains its"
+    assert (further in error) == (kind == "a finished run")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert list(path.parent.iterdir()) == [path]
 

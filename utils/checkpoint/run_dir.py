@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import InputError, Run, require
 from utils.checkpoint.resume import KEPT_POINTS, RESUME_FOLDER, resume_points
-from utils.metrics.history import HISTORY_FILE, read_history
+from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.file_lock import acquire_lock
@@ -37,9 +37,10 @@ def check_run_dir(run: Run, files: list[str]) -> None:
         kind = "a finished run" if is_finished(out) else "an unfinished run"
         kind = kind if HISTORY_FILE in present else ", ".join(present)
         resume = "--resume goes on with it, " if kind == "an unfinished run" else ""
+        further = f", {how_to_train_further(out)}" if kind == "a finished run" else ""
         raise InputError(
             f"out = {out} holds {kind}: {resume}--overwrite replaces it, "
-            "--out FOLDER goes elsewhere"
+            f"--out FOLDER goes elsewhere{further}"
         )
 
 
@@ -95,6 +96,13 @@ def how_to_resume(out: Path) -> str:
     if not points:
         return "nothing was kept yet: run the same command with --overwrite"
     return f"{points[-1]} is kept: the same command with --resume goes on from there"
+
+
+def how_to_train_further(out: Path) -> str:
+    """Returns one phrase that says how to train the model of the finished run in `out` further."""
+    *_, last = select_events(read_history(out / HISTORY_FILE), "checkpoint")
+    command = f"train.py single --init-from {out / last['path']} --out NEW_FOLDER"
+    return f"{command} trains its model further"
 
 
 def existing_ancestor(path: Path) -> Path:

@@ -28,6 +28,7 @@ from utils.checkpoint.run_dir import (
     check_disk,
     check_run_dir,
     explain_how_to_resume,
+    how_to_train_further,
     lock_run_dir,
     software_versions,
 )
@@ -337,7 +338,7 @@ def check_finished_run(init_source: InitSource) -> None:
     require(
         not differences,
         f"{run.out} holds a finished run, which cannot go on as another: {differences}; "
-        "--out FOLDER goes elsewhere",
+        f"--out FOLDER goes elsewhere, {how_to_train_further(run.out)}",
     )
 
 
