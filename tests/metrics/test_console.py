@@ -10,8 +10,8 @@ from config import DataConfig
 from tests.helpers.small_runs import small_run
 from transfer import FunctionDrift
 from utils.data import prepare_corpus, valid_windows
-from utils.metrics.console import run_header, run_summary
-from utils.schedule.phases import resolve_phases
+from utils.metrics.console import phase_row, run_header, run_summary
+from utils.schedule.phases import resolve_phases, resume_phases
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
 
@@ -56,3 +56,11 @@ def test_the_summary_has_a_dash_for_what_a_growth_left_without_a_finite_value():
     grow = {"event": "grow", "phase": 2, "phase_name": "moe", "growth": "Upcycle"}
     row = run_summary([grow | unmeasured.to_json()]).splitlines()[-1]
     assert " ".join(row.split()) == "Upcycle -> moe 2.000000 - - - - 0 of 64 -"
+
+
+def test_the_header_of_a_resumed_run_tells_no_settings_of_what_is_done(tmp_path):
+    run = small_run(tmp_path)
+    phases = resume_phases(resolve_phases(run), number=2, step=1, first_token=640, tokens=768)
+    done, *left = (phase_row(phase, run, torch.device("cpu")) for phase in phases)
+    assert done[3:] == ("done", "-", "-", "-") and done[0] == "1 dense"
+    assert [row[4] for row in left] == ["4 x 32", "2 x 32", "1 x 32"]

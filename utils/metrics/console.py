@@ -107,13 +107,19 @@ def step_description(run: Run, phases: list[ResolvedPhase], device: torch.device
 
 def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str, ...]:
     """Returns a phase's row in the header. Where parameters have different learning rates, as after
-    widening, it shows the lowest and the highest peak."""
+    widening, it shows the lowest and the highest peak. Of a phase that is done it shows the model
+    alone."""
     config = phase.config
-    lr_factors = lr_scale_range(config, run.training, phase.growth_history)
-    return (
+    model = (
         f"{phase.number} {phase.name}",
         format_architecture(config),
         format_params(config.num_params, config.num_active_params),
+    )
+    if phase.is_done:
+        return (*model, "done", "-", "-", "-")
+    lr_factors = lr_scale_range(config, run.training, phase.growth_history)
+    return (
+        *model,
         format_number(phase.tokens),
         f"{phase.batch_size} x {config.seq_len}",
         " to ".join(dict.fromkeys(f"{factor * phase.lr:g}" for factor in lr_factors)),

@@ -45,6 +45,8 @@ class ResolvedPhase:
     """Optimizer steps of this phase before the run was resumed."""
     done_tokens: int = 0
     """Training tokens of those steps, whose batches may have had another size."""
+    is_done: bool = False
+    """Whether it was over before the run was resumed: settings now may not be those it had."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -135,7 +137,7 @@ def resume_phases(
     for phase in phases[number:]:
         before = resumed[-1]
         resumed.append(replace(phase, first_token=before.tokens_at(before.steps)))
-    return [*past, *resumed]
+    return [*(replace(phase, is_done=True) for phase in past), *resumed]
 
 
 def setting_phases(setting: str, phases: Sequence[ResolvedPhase]) -> Sequence[ResolvedPhase]:
