@@ -163,7 +163,11 @@ def test_a_thinned_history_is_what_the_run_wrote_and_says_what_is_missing(tmp_pa
     steps = select_events(others, "step")[3::4]
     expected = [event for event in others if event["event"] != "step" or event in steps]
     assert kept == [{k: v for k, v in e.items() if k != "router_entropy"} for e in expected]
-    keep_run(tmp_path, file)
+    with pytest.raises(InputError, match=r"kept\.jsonl is there: --overwrite replaces it"):
+        keep_run(tmp_path, file)
+    with pytest.raises(InputError, match="is the history itself"):
+        keep_run(tmp_path, tmp_path / HISTORY_FILE, overwrite=True)
+    keep_run(tmp_path, file, overwrite=True)
     assert read_history(file) == [run | {"thinned": "1 of 1 step lines"}, *others]
     assert report_of(file) == report_of(tmp_path / HISTORY_FILE)
     assert report_of(file).count("| Widen -> wide | ") == 1

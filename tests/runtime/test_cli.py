@@ -182,13 +182,14 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path)
     path = tmp_path / "run" / HISTORY_FILE
     path.parent.mkdir()
     with History(path) as history:
-        history("run")
+        history("run", config={"model": {"seq_len": 128}, "data": {"source": "builtin"}})
         history("checkpoint", path="last.pt")
         history(last)
     before = path.read_bytes(), path.stat().st_mtime_ns
     code, _, error = train("")
     assert code == 2 and kind in error and "--overwrite" in error
-    further = f"train.py single --init-from {tmp_path}/run/last.pt --out NEW_FOLDER trains its"
+    further = f"train.py single --init-from {tmp_path}/run/last.pt --out NEW_FOLDER "
+    further += "--model.seq-len 128 --data.source builtin trains its model further"
     assert (further in error) == (kind == "a finished run")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert list(path.parent.iterdir()) == [path]

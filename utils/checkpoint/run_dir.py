@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import InputError, Run, require
 from utils.checkpoint.resume import KEPT_POINTS, RESUME_FOLDER, resume_points
-from utils.metrics.history import HISTORY_FILE, read_history, select_events
+from utils.metrics.history import HISTORY_FILE, read_history, run_record, select_events
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.file_lock import acquire_lock
@@ -100,8 +100,13 @@ def how_to_resume(out: Path) -> str:
 
 def how_to_train_further(out: Path) -> str:
     """Returns one phrase that says how to train the model of the finished run in `out` further."""
-    *_, last = select_events(read_history(out / HISTORY_FILE), "checkpoint")
+    events = read_history(out / HISTORY_FILE)
+    *_, last = select_events(events, "checkpoint")
+    config, default = run_record(events)["config"], Run()
+    context, source = config["model"]["seq_len"], config["data"]["source"]
     command = f"train.py single --init-from {out / last['path']} --out NEW_FOLDER"
+    command += f" --model.seq-len {context}" if context != default.model.seq_len else ""
+    command += f" --data.source {source}" if source != default.data.source else ""
     return f"{command} trains its model further"
 
 

@@ -30,7 +30,13 @@ def keep_experiment(path: Path, name: str, histories: Histories) -> None:
     write_history(path, events)
 
 
-def keep_run(folder: Path, file: Path, step_every: int = 1, drop: tuple[str, ...] = ()) -> None:
+def keep_run(
+    folder: Path,
+    file: Path,
+    step_every: int = 1,
+    drop: tuple[str, ...] = (),
+    overwrite: bool = False,
+) -> None:
     """Copies the history of a run, thinned. Its `run` line says how.
 
     Args:
@@ -38,12 +44,17 @@ def keep_run(folder: Path, file: Path, step_every: int = 1, drop: tuple[str, ...
         file: File to write.
         step_every: Of how many `step` lines one is kept. 0 keeps none; all other lines are kept.
         drop: Fields to leave out, such as expert_load.
+        overwrite: Replace a file that is there. (The run's own history never is.)
 
     Raises:
         InputError: for a history that is missing or was thinned before, for a field that it does
-            not have or that says where an event belongs, and for a file that cannot be written.
+            not have or that says where an event belongs, and for a file that is there or cannot be
+            written.
     """
     require(step_every >= 0, f"step_every = {step_every} must be at least 0")
+    is_own = file.resolve() == (folder / HISTORY_FILE).resolve()
+    require(not is_own, f"file = {file} is the history itself, of which nothing else is left")
+    require(overwrite or not file.exists(), f"file = {file} is there: --overwrite replaces it")
     events = read_history(folder / HISTORY_FILE)
     optional = {name for event in events for name in event} - POSITION_FIELDS
     unknown = [name for name in drop if name not in optional]

@@ -111,11 +111,12 @@ def check_context(run: Run, config: ModelConfig, longest: int) -> None:
     """Raises InputError unless a model can be trained on contexts of the run's length: at most
     `longest`, and its own where its positions are learned."""
     is_learned = config.position_embedding == "learned"
-    fits = run.model.seq_len == config.seq_len if is_learned else run.model.seq_len <= longest
+    context = config.seq_len if is_learned else longest
+    fits = run.model.seq_len == context if is_learned else run.model.seq_len <= context
     require(
         fits,
-        f"model.seq_len = {run.model.seq_len}: the context of {run.init_from} is "
-        f"{config.seq_len if is_learned else longest} tokens",
+        f"model.seq_len = {run.model.seq_len}: the context of {run.init_from} is {context} tokens; "
+        f"--model.seq-len {context} trains on it",
     )
 
 
