@@ -42,7 +42,7 @@ def keep_run(
     Args:
         folder: Folder of the run (--out of train.py).
         file: File to write.
-        step_every: Of how many `step` lines one is kept. 0 keeps none; all other lines are kept.
+        step_every: Keep one of so many `step` lines, or none at 0. All other lines are kept.
         drop: Fields to leave out, such as expert_load.
         overwrite: Replace a file that is there. (The run's own history never is.)
 

@@ -24,7 +24,7 @@ PROBE_WINDOWS, PROBE_TOKENS = 4, 64
 """Number of windows that an exported or grown model is compared on, and tokens in each."""
 MAX_CHARS_PER_TOKEN = 16
 """Characters that hold a token of the probe, and more."""
-MIN_JUDGED_SHARE = 0.25
+MIN_COMPARED_SHARE = 0.25
 """Share of the probe that no flipped routing may reach: transformers routes in float32, where a
 flip is no fault, and one at the start of a window reaches all of it."""
 PROBE_STORIES = 40
@@ -140,7 +140,7 @@ def check_logits(
     drift = compare_outputs(own[0], ProbeOutput.concatenate(outputs), layers)
     allowed, margin = FLOOR_FACTOR * floor.logit, FLOOR_FACTOR * floor.margin
     flips = max(drift.flips_allowed, FLOOR_FACTOR * in_float32.flipped)
-    is_same = drift.max_logit_diff <= allowed and drift.judged_share >= MIN_JUDGED_SHARE
+    is_same = drift.max_logit_diff <= allowed and drift.judged_share >= MIN_COMPARED_SHARE
     if not (is_same and drift.flipped <= flips and drift.flip_margin <= margin):
         raise RunStopped(
             f"transformers' logits are off by {drift.max_logit_diff:.3g} (allowed: {allowed:.3g}), "
