@@ -217,6 +217,15 @@ def test_a_finished_run_says_what_it_read_where_it_ran_and_how_far_it_got():
     assert title(make_figure({"run": events})) == expected
 
 
+def test_the_loss_that_is_told_is_that_on_the_most_text():
+    *others, last, end = make_history(SCRATCH)
+    evals = [event for event in (*others, last) if event["event"] == "eval"]
+    evals[-1]["final_valid_loss"] = 3.21
+    figure = make_figure({"run": [*others, last, end]})
+    assert title(figure).endswith("validation loss 3.21")
+    assert "valid loss 3.21 " in header(axes_grid(figure, SCRATCH)[0][0])[2]
+
+
 def test_stories_that_nobody_asked_for_are_named_in_the_title():
     figure = make_figure({"run": make_history(SCRATCH, corpus="builtin", fallback=True)})
     assert title(figure).startswith("BUILT-IN STORIES (hub not reachable)")

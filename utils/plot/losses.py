@@ -66,9 +66,8 @@ def describe_phase(phase: PhaseEvents, run: dict) -> list[str]:
         f"{phase.number} {phase.name}, {format_duration(phase.seconds)}",
         f"{format_params(total, active)} params",
     ]
-    _, losses = series(phase.events, "eval", "valid_loss")
-    if losses.size:
-        lines.append(f"valid loss {losses[-1]:.2f} ({loss_change(phase):+.2f})")
+    for evaluated in select_events(phase.events, "eval")[-1:]:
+        lines.append(f"valid loss {best_valid_loss(evaluated):.2f} ({loss_change(phase):+.2f})")
     for grow in select_events(phase.events, "grow"):
         loss, logits = (
             "not finite" if grow[field] is None else f"{grow[field]:.2g}".replace("e-0", "e-")
@@ -76,6 +75,11 @@ def describe_phase(phase: PhaseEvents, run: dict) -> list[str]:
         )
         lines += [f"{grow['growth']}: \N{INCREMENT}loss {loss}", f"\N{INCREMENT}logits {logits}"]
     return lines
+
+
+def best_valid_loss(evaluated: dict) -> float:
+    """Returns the validation loss of an `eval` event that is measured on the most text."""
+    return evaluated.get("final_valid_loss", evaluated["valid_loss"])
 
 
 def loss_change(phase: PhaseEvents) -> float:
@@ -103,7 +107,8 @@ def elapsed_time(events: list[dict]) -> str:
 def final_loss(events: list[dict]) -> str:
     """Returns the last validation loss of a run, or else its last training loss, in words; nothing
     if it has neither."""
-    for kind, text in (("eval", "validation"), ("step", "training")):
-        for event in select_events(events, kind)[-1:]:
-            return f"{text} loss {event[LOSS_FIELDS[kind]]:.2f}"
+    for event in select_events(events, "eval")[-1:]:
+        return f"validation loss {best_valid_loss(event):.2f}"
+    for event in select_events(events, "step")[-1:]:
+        return f"training loss {event['loss']:.2f}"
     return ""
