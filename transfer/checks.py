@@ -377,7 +377,7 @@ def rounding_drift(
         stored = torch.promote_types(model.norm.weight.dtype, torch.float32)
         unit = torch.finfo(stored).eps / 2
         rounded = run_probe(model, window_1S, rounding=unit)
-        floor = measure_rounding(rounded, run_probe(model, window_1S))
+        floor = measure_rounding(rounded, output.first_window())
     margins = output.margin_BLT[output.margin_BLT.isfinite()]
     largest = output.largest_logit(), margins.max().item() if margins.numel() else 0.0
     logit, margin = (

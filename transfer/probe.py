@@ -77,6 +77,15 @@ class ProbeOutput(NamedTuple):
         rest = (torch.cat(parts) for parts in others)
         return cls(torch.cat(hidden), outputs[0].head_VD, *rest)
 
+    def first_window(self) -> "ProbeOutput":
+        """Returns the output on the first of the windows."""
+        return self._replace(
+            hidden_BTD=self.hidden_BTD[:1],
+            loss_BT=self.loss_BT[:1],
+            expert_ids_BLTC=self.expert_ids_BLTC[:1],
+            margin_BLT=self.margin_BLT[:1],
+        )
+
     def without_routing(self) -> "ProbeOutput":
         """Returns the output as that of a dense model."""
         ids_BLTC, margin_BLT = self.expert_ids_BLTC[:, :0], self.margin_BLT[:, :0]

@@ -40,8 +40,9 @@ CHANGEABLE = (
 """Settings that may change between a run and its resumption, by the start of their names. (The
 tokens themselves and what the run started from may not.)"""
 ADJUSTABLE = re.compile(
-    r"training\.(batch_size|beta|decay_to|eps|eval_|final_eval_tokens|grad_clip|load_balance_coef|log_every|lr_"
-    r"|min_lr_ratio|sample_tokens|steps_|warmup_fraction|weight_decay|z_loss_coef).*"
+    r"training\.(batch_size|beta|decay_to|eps|eval_|final_eval_tokens|grad_clip"
+    r"|load_balance_coef|log_every|lr_|min_lr_ratio|sample_tokens|steps_|warmup_fraction"
+    r"|weight_decay|z_loss_coef).*"
     r"|phases\..+\.(batch_size|lr|steps)"
 )
 """Settings that may change too, but not what has been trained with them: the new ones hold from the
