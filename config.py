@@ -648,7 +648,8 @@ class Run:
     seed: Seed = 0
     """Seed of the initial weights, the batches, the noise of growth and the samples."""
     device: str = "auto"
-    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu. Nothing has been
+    run on Apple's MPS yet."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the training step; weights and optimizer are float32. `auto` takes bf16 on CUDA
     and on CPUs that compute it natively (AVX512-BF16, AMX)."""

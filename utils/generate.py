@@ -219,7 +219,8 @@ def main(
         length: The most tokens to add to each prompt. A text longer than the model's context takes
             long, and only its end is seen.
         sampling: How the next token is drawn.
-        device: Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu.
+        device: Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu. Nothing
+            has been run on Apple's MPS yet.
         unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
     """
     require(length >= 0, f"length = {length} must not be negative")

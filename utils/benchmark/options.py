@@ -52,7 +52,8 @@ class BenchmarkOptions:
     json: Path | None = None
     """Write all that is measured into this .json file, as one object."""
     device: str = "auto"
-    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu."""
+    """Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu. Nothing has been
+    run on Apple's MPS yet."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Precision of the training step, as for precision of train.py."""
     cuda_graph: Literal["auto", "off"] = "auto"
