@@ -255,9 +255,14 @@ def test_windows_are_spread_evenly_and_predict_no_token_twice(length, count):
 
 
 def make_valid_text(lengths: list[int]) -> Corpus:
-    """A corpus whose validation documents, of these lengths, repeat their number; 0 ends them."""
+    """A corpus whose validation documents, of these lengths, repeat their number, which is a token
+    of one byte; 0 ends them."""
     valid = np.concatenate([[i] * (n - 1) + [0] for i, n in enumerate(lengths, 1)])
-    return SimpleNamespace(valid=valid.astype(np.uint16), special_tokens=SpecialTokens((0,)))
+    return SimpleNamespace(
+        valid=valid.astype(np.uint16),
+        tokenizer=learn_tokenizer(iter(["text"]), 300),
+        special_tokens=SpecialTokens((0,)),
+    )
 
 
 def test_each_document_has_its_share_of_what_is_evaluated():
@@ -279,6 +284,8 @@ def test_a_phases_end_is_evaluated_on_the_other_windows_too_and_on_all_there_are
     rows = torch.cat([windows.regular, windows.further])
     assert windows.tokens == 100 and windows.final_tokens == 1490 and len(rows.unique(dim=0)) > 9
     assert windows.final_documents == 30 and windows.documents == 10
+    assert windows.text_bytes == windows.regular[:, 1:].count_nonzero()
+    assert windows.final_text_bytes == rows[:, 1:].count_nonzero()
     few = valid_windows(corpus, 10, eval_tokens=200, final_eval_tokens=0)
     assert few.tokens == few.final_tokens == 200 and not len(few.further)
 

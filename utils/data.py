@@ -18,6 +18,7 @@ from torch import Tensor
 
 from config import DataConfig, require
 from utils.runtime.hub import HubUnreachable, hash_file
+from utils.text.bits_per_byte import bits_per_byte, count_target_bytes
 from utils.text.fast_encode import write_tokens
 from utils.text.sources import (
     TextChunk,
@@ -245,6 +246,10 @@ class ValidWindows(NamedTuple):
     """How many documents the tokens of `regular` are from."""
     final_documents: int
     """How many documents the tokens of both are from."""
+    text_bytes: int
+    """How many bytes of text the tokens stand for that every evaluation predicts."""
+    final_text_bytes: int
+    """How many bytes those stand for that the evaluation at the end of a phase predicts."""
 
     @property
     def tokens(self) -> int:
@@ -255,6 +260,14 @@ class ValidWindows(NamedTuple):
     def final_tokens(self) -> int:
         """Tokens that the evaluation at the end of a phase predicts."""
         return self.tokens + self.further[:, 1:].numel()
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Returns what a loss on the tokens of every evaluation is in bits per byte."""
+        return bits_per_byte(loss, self.tokens, self.text_bytes)
+
+    def final_bits_per_byte(self, loss: float) -> float | None:
+        """Returns what a loss on the tokens of a phase's end is in bits per byte."""
+        return bits_per_byte(loss, self.final_tokens, self.final_text_bytes)
 
 
 def valid_windows(
@@ -267,11 +280,19 @@ def valid_windows(
     count = min(count, len(starts))
     is_regular = np.zeros(len(starts), bool)
     is_regular[(2 * np.arange(count) + 1) * len(starts) // (2 * count)] = True
+    regular, further = (
+        cut_windows(tokens, starts[chosen], seq_len) for chosen in (is_regular, ~is_regular)
+    )
+    eos_id = corpus.special_tokens.eos_id
+    text_bytes, further_bytes = (
+        count_target_bytes(windows.numpy(), corpus.tokenizer, eos_id)
+        for windows in (regular, further)
+    )
     return ValidWindows(
-        regular=cut_windows(tokens, starts[is_regular], seq_len),
-        further=cut_windows(tokens, starts[~is_regular], seq_len),
-        documents=count_documents(
-            tokens, corpus.special_tokens.eos_id, starts[is_regular], seq_len
-        ),
-        final_documents=count_documents(tokens, corpus.special_tokens.eos_id, starts, seq_len),
+        regular=regular,
+        further=further,
+        documents=count_documents(tokens, eos_id, starts[is_regular], seq_len),
+        final_documents=count_documents(tokens, eos_id, starts, seq_len),
+        text_bytes=text_bytes,
+        final_text_bytes=text_bytes + further_bytes,
     )

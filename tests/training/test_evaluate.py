@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from math import log
 
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ def make_windows(text, tokenizer, eos_id, seq_len, count=10**6):
     for story in text.split(SEPARATOR):
         ids += [*tokenizer.encode(story).ids, eos_id]
     return spread_windows(np.array(ids), seq_len, count)
+
+
+def in_bits_per_byte(loss, windows, tokenizer):
+    """A loss in nats per token of windows into ASCII text, where a token is some whole letters."""
+    targets = windows[:, 1:].flatten().tolist()
+    return loss / log(2) * len(targets) / len(tokenizer.decode(targets))
 
 
 @torch.no_grad()
@@ -74,6 +81,9 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
         assert last["valid_loss"] == pytest.approx(mean_loss(checkpoint, regular), rel=1e-5)
         assert last["final_valid_loss"] == pytest.approx(mean_loss(checkpoint, windows), rel=1e-5)
         assert last["valid_loss"] > 1 + mean_loss(checkpoint, train_windows)
+        for name, evaluated in (("", regular), ("final_", windows)):
+            expected = in_bits_per_byte(last[f"{name}valid_loss"], evaluated, tokenizer)
+            assert last[f"{name}bits_per_byte"] == pytest.approx(expected)
     for grow, before in zip(select_events(events, "grow"), checkpoints[:-1], strict=True):
         assert grow["loss_before"] == pytest.approx(mean_loss(before, probe), rel=1e-5)
         assert grow["valid_loss_fp32"] == pytest.approx(mean_loss(before, regular), rel=1e-5)
@@ -83,6 +93,8 @@ def test_evaluations_and_probe_are_the_validation_text_and_the_loss_is_the_saved
         regular[:, 1:].numel(),
         windows[:, 1:].numel(),
     )
+    text_bytes = [len(tokenizer.decode(w[:, 1:].flatten().tolist())) for w in (regular, windows)]
+    assert [header["eval_bytes"], header["final_eval_bytes"]] == text_bytes
     assert header["final_eval_documents"] == header["valid_documents"] == 25
     assert header["train_sources"] == ["train.txt"] and header["valid_sources"] == ["valid.txt"]
 

@@ -29,10 +29,11 @@ SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
 FIELDS = {
     "run": "config seed corpus fallback fingerprint init_fingerprint train_sources valid_sources "
     "left_out null_rows is_cut train_documents valid_documents train_tokens valid_tokens "
-    "eval_tokens eval_documents final_eval_tokens final_eval_documents "
+    "eval_tokens eval_bytes eval_documents "
+    "final_eval_tokens final_eval_bytes final_eval_documents "
     "device dtype phases params active_params flops_per_token python torch commit",
     "step": "step tokens lr lr_min lr_max loss load_balance_loss z_loss grad_norm tokens_per_s",
-    "eval": "step tokens valid_loss",
+    "eval": "step tokens valid_loss bits_per_byte",
     "grow": "growth passed tokens params_before params_after loss_before loss_after loss_drift "
     "max_logit_diff kl top1_changed flipped probe_tokens plan_error copy_distance router_std "
     "load_min load_max growth_s valid_loss_fp32",

@@ -91,8 +91,11 @@ class PhaseReporter:
         context, phase = self.context, self.phase
         valid, batch_size = context.valid, context.eval_batch_size
         loss, values = evaluate(optimizer.model, valid.regular, context.dtype, batch_size)
+        values["bits_per_byte"] = valid.bits_per_byte(loss)
         if self.step == phase.steps:
-            values["final_valid_loss"] = self.evaluate_further(optimizer, loss)
+            final_loss = self.evaluate_further(optimizer, loss)
+            values["final_valid_loss"] = final_loss
+            values["final_bits_per_byte"] = valid.final_bits_per_byte(final_loss)
         self.last["valid_loss"] = values.get("final_valid_loss", loss)
         check_finite({"valid_loss": self.last["valid_loss"]}, self.where)
         weights = optimizer.weights()
