@@ -10,11 +10,11 @@ from matplotlib.text import Text
 from numpy.testing import assert_allclose
 
 from config import InputError
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, select_events
 from utils.plot.axis import X_LABELS, format_x, place_events, split_phases
 from utils.plot.figure import make_figure, plot
-from utils.plot.losses import loss_change
-from utils.plot.panels import describe_load, describe_recovery
+from utils.plot.losses import EXIT_ARROW, loss_change
+from utils.plot.panels import describe_copies, describe_load, describe_recovery
 
 ROOT = Path(__file__).parents[2]
 FULL = {
@@ -37,6 +37,7 @@ def make_history(schedule, rise=0.0, has_evals=True, has_routing=True, **run):
     """Returns a history as training writes it, with a loss that falls from 11 towards 2, and that
     is `rise` higher right after each growth."""
     record = {"corpus": "tinystories", "device": "cpu", "fallback": False}
+    record |= {"fingerprint": "f0", "config": {"model": {"vocab_size": 300}}}
     record |= {"params": [932_000_000] * 8, "active_params": [309_000_000] * 8}
     record |= {"flops_per_token": [10**phase for phase in range(1, 9)]}
     events = [{"event": "run", "wall_s": 0.0, **record, **run}]
@@ -50,7 +51,7 @@ def make_history(schedule, rise=0.0, has_evals=True, has_routing=True, **run):
         routing = {}
         if phase > 1 and has_routing:
             load = [[0.4, 0.3, 0.29, 0.01], [0.25] * 4] * phase
-            routing = {"expert_load": load, "expert_distance": 0.1, "copy_distance": 0.2}
+            routing = {"expert_load": load, "expert_distance": 0.1 * phase, "copy_distance": 0.2}
         if growth:
             drift = {"loss_drift": 3e-7 + rise, "max_logit_diff": 2e-5}
             append("grow", growth=growth, tokens=tokens, valid_loss_fp32=before, **where, **drift)
@@ -236,8 +237,15 @@ def test_runs_are_told_apart_by_color_and_name_whatever_their_phases():
     figure = make_figure({"a": make_history(FULL), "_b$x_$": scratch, "c": unfinished})
     figure.draw_without_rendering()
     legend = figure.axes[0].get_legend()
-    names = [text.get_text().split(":")[0] for text in legend.get_texts()]
-    assert names == ["a", "b$x_$", "c", "Upcycle", "Widen", "Deepen"]
+    runs, others = np.split([text.get_text() for text in legend.get_texts()], [3])
+    assert [label.split(":")[0] for label in runs] == ["a", "b$x_$", "c"]
+    assert list(others) == [
+        "pale: loss on training text",
+        "higher, up to 11",
+        "growth: Upcycle",
+        "growth: Widen",
+        "growth: Deepen",
+    ]
     assert len({line.get_color() for line in legend.get_lines()[:3]}) == 3
 
 
@@ -246,7 +254,8 @@ def test_many_runs_are_told_apart_and_their_names_cover_no_run_that_has_room_els
     figure.draw_without_rendering()
     axes = figure.axes[0]
     legend = axes.get_legend()
-    assert len({(line.get_color(), line.get_linestyle()) for line in legend.get_lines()}) == 9
+    runs = legend.get_lines()[:9]
+    assert len({(line.get_color(), line.get_linestyle()) for line in runs}) == 9
     box = legend.get_window_extent()
     for line in axes.lines:
         ends = axes.transData.transform(line.get_xydata()[-20:])
@@ -259,8 +268,101 @@ def test_a_comparison_marks_each_growth_with_its_operator_where_it_happened(unit
     figure = make_figure({"grown": events, "scratch": make_history(SCRATCH)}, unit)
     growths = [event["x"] for event in place_events(events, unit) if event["event"] == "grow"]
     for marker, x in zip("Ds^", growths, strict=True):
-        marked = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == marker]
-        assert [list(xs) for xs in marked if len(xs)] == [[x]]
+        assert [line.get_xdata() for line in marked(figure, marker)] == [[x]]
+
+
+def marked(figure, marker):
+    """The lines of a comparison that consist of a marker; not those that only the legend shows."""
+    lines = figure.axes[0].lines
+    return [line for line in lines if line.get_marker() == marker and len(line.get_xdata())]
+
+
+def test_growths_at_one_place_lie_around_each_other_so_that_each_is_seen():
+    alike = {name: make_history(FULL) for name in "abc"}
+    figure = make_figure(alike | {"worse": make_history({"dense": FULL["dense"], **TWO})})
+    *together, apart = (line.get_markersize() for line in marked(figure, "D"))
+    assert together == sorted(set(together), reverse=True) and len(together) == 3
+    assert apart == together[-1]
+
+
+def arrows(axes):
+    """The places along the axis at which arrows say that a curve leaves through the upper edge."""
+    lines = [line for line in axes.lines if line.get_marker() == EXIT_ARROW["marker"]]
+    assert all(np.all(line.get_ydata() == 1) for line in lines if len(line.get_ydata()))
+    return [x for line in lines for x in line.get_xdata()]
+
+
+def test_a_curve_has_an_arrow_where_it_leaves_the_plot_and_nowhere_else():
+    losses = axes_grid(make_figure({"run": make_history(FULL)}), FULL)[0]
+    _, top = losses[0].get_ylim()
+    curves = losses[0].lines[:2]
+    assert len(arrows(losses[0])) == len(curves)
+    for line, x in zip(curves, arrows(losses[0]), strict=True):
+        assert np.interp(-top, -line.get_ydata(), line.get_xdata()) == pytest.approx(x, rel=0.05)
+    assert not any(map(arrows, losses[1:]))
+    assert "higher, up to 11" in [text.get_text() for text in losses[0].get_legend().get_texts()]
+
+
+def test_a_phase_all_of_which_is_out_of_view_has_an_arrow_for_each_curve():
+    events = make_history(FULL)
+    for event in events:
+        if event.get("phase") == 3 and "step" in event:
+            name = "loss" if event["event"] == "step" else "valid_loss"
+            event[name] = 1000.0
+    losses = axes_grid(make_figure({"run": events}), FULL)[0]
+    assert len(arrows(losses[2])) == 2
+
+
+def make_bits(fingerprint, vocab_size, text_bytes=1.0, **run):
+    """A history that has read other tokens than others, with bits per byte if a token has bytes."""
+    config = {"model": {"vocab_size": vocab_size}}
+    events = make_history(SCRATCH, fingerprint=fingerprint, config=config, **run)
+    for event in select_events(events, "eval") if text_bytes else []:
+        event["bits_per_byte"] = event["valid_loss"] / text_bytes
+    return events
+
+
+def comparison(**runs):
+    """The axes of a comparison, and what is said above them."""
+    (axes,) = make_figure(runs).axes
+    warning = " ".join(text.get_text() for text in axes.texts).replace("\n", " ")
+    return axes, warning
+
+
+def test_runs_with_the_same_tokens_are_compared_in_nats_without_a_warning():
+    axes, warning = comparison(a=make_bits("f0", 300), b=make_bits("f0", 300, 0.0))
+    assert axes.get_ylabel() == "loss (nats per token)" and not warning
+
+
+def test_runs_with_different_vocabularies_are_compared_in_bits_per_byte_and_say_so():
+    long_tokens = make_bits("f1", 50_257, 4.0)
+    axes, warning = comparison(a=make_bits("f0", 300), b=long_tokens)
+    assert axes.get_ylabel() == "loss (bits per byte)"
+    assert "different vocabularies (300, 50,257 tokens)" in warning and "harder" not in warning
+    lines = [line for line in axes.lines if len(line.get_ydata()) > 2]
+    assert len(lines) == 2, "there are no bits per byte of training text"
+    expected = [event["bits_per_byte"] for event in select_events(long_tokens, "eval")]
+    assert_allclose(lines[1].get_ydata(), expected)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[1].startswith(f"b: {expected[-1]:.3f} bits per byte in ")
+    assert not any("pale" in label for label in labels)
+
+
+def test_runs_with_different_texts_warn_that_one_may_be_harder():
+    _, warning = comparison(a=make_bits("f0", 300), b=make_bits("f1", 300, corpus="books"))
+    assert "different texts (books, tinystories)" in warning and "harder" in warning
+    _, warning = comparison(a=make_bits("f0", 300), b=make_bits("f1", 300))
+    assert "different texts or tokenizers" in warning
+
+
+def test_where_a_run_has_no_bits_per_byte_nats_are_drawn_with_a_warning(tmp_path, capsys):
+    runs = {"a": make_bits("f0", 300), "b": make_bits("f1", 400, 0.0)}
+    axes, warning = comparison(**runs)
+    assert axes.get_ylabel() == "loss (nats per token)"
+    assert "nats per token cannot be compared" in warning
+    folders = [write_run(tmp_path / name, events) for name, events in runs.items()]
+    plot(folders, tmp_path / "both.png")
+    assert capsys.readouterr().err == f"{warning}\n"
 
 
 def test_events_are_placed_by_tokens_by_the_flops_of_these_or_by_hours():
@@ -302,8 +404,8 @@ def test_panels_are_drawn_for_what_the_history_holds():
 
     assert labels(SCRATCH) == ["loss"]
     assert labels(FULL, has_routing=False) == ["loss", "loss"]
-    assert labels(FULL) == ["loss", "loss", "load", "distance"]
-    assert labels(UNTRAINED) == ["loss", "load", "distance"]
+    assert labels(FULL) == ["loss", "loss", "load", "mean"]
+    assert labels(UNTRAINED) == ["loss", "load", "mean"]
 
 
 def test_every_growth_is_judged_and_every_evaluation_shows_its_load():
@@ -317,6 +419,47 @@ def test_every_growth_is_judged_and_every_evaluation_shows_its_load():
             experts = 4 * 2 * (column + 1)
             assert mesh.shape == (experts, steps // 100 + 1)
             assert load[column].get_xlabel() == f"{column + 1} of {experts} underused"
+
+
+@pytest.mark.parametrize(
+    "made, now, expected",
+    [
+        (0.141, 0.139, "copies: flat, as different\nas they were made"),
+        (0.141, 0.3, "copies: 0.14 apart when\nmade, 0.30 at the end"),
+        (0.0, 0.0, "copies: still identical"),
+    ],
+)
+def test_the_distance_of_copies_is_explained_where_it_is_drawn(made, now, expected):
+    assert describe_copies(made, now) == expected
+    events = make_history(FULL)
+    for event in events:
+        if "copy_distance" in event:
+            event |= {"copy_distance": made, "expert_distance": 0.1}
+    select_evals(events, 4)[-1]["copy_distance"] = now
+    distances = axes_grid(make_figure({"run": events}), FULL)[-1]
+    assert distances[-1].get_xlabel() == expected
+    assert distances[0].get_xlabel() == ""
+
+
+@pytest.mark.parametrize("inserted, is_jump", [(0.4, True), (0.1, False)])
+def test_a_jump_of_the_experts_distance_at_an_insertion_is_explained(inserted, is_jump):
+    events = make_history(FULL)
+    for event in select_evals(events, 4):
+        event["expert_distance"] = inserted
+    for event in select_evals(events, 3)[1:]:
+        event["expert_distance"] = 0.15 if is_jump else 0.1
+    *others, deepened = axes_grid(make_figure({"run": events}), FULL)[-1]
+    assert ("new blocks are unrelated" in deepened.get_xlabel()) == is_jump
+    assert not any("unrelated" in axes.get_xlabel() for axes in others)
+
+
+def test_settings_that_changed_on_the_way_are_in_the_legend():
+    events = make_history(FULL)
+    change = {"event": "change", "phase": 3, "phase_name": "wide", "wall_s": 300.0}
+    place = next(i for i, event in enumerate(events) if event.get("phase") == 4)
+    events.insert(place, change | {"step": 500, "tokens": events[place]["tokens"]})
+    legend = make_figure({"run": events}).axes[0].get_legend()
+    assert "other settings from here" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_the_load_of_experts_that_are_all_used_is_described_by_its_extremes():

@@ -6,6 +6,7 @@ the experts are used, and how far copies have moved apart. The picture of severa
 of them got furthest with the same tokens, FLOPs or hours.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import numpy as np
 from config import require
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, run_record
 from utils.plot.axis import X_LABELS, format_x, place_events, split_phases
-from utils.plot.comparison import draw_comparison
+from utils.plot.comparison import choose_loss, draw_comparison
 from utils.plot.losses import corpus_name, describe_phase, draw_losses, elapsed_time, final_loss
 from utils.plot.panels import choose_panels
 from utils.runtime.atomic_io import atomic_file, explain_write_errors
@@ -65,6 +66,9 @@ def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") ->
         names = [str(folder) for folder in folders]
     histories = [read_history(folder / HISTORY_FILE) for folder in folders]
     figure = make_figure(dict(zip(names, histories, strict=True)), x)
+    _, warning = choose_loss(histories)
+    if warning:
+        print(warning, file=sys.stderr)
     suffix, known = target.suffix.lower().lstrip("."), figure.canvas.get_supported_filetypes()
     require(suffix in known, f"{target}: the name must end in one of {', '.join(sorted(known))}")
     require(target.parent.is_dir(), f"{target}: there is no folder {target.parent}")

@@ -1,6 +1,7 @@
 """The losses of a run, and its course in words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,14 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#B84600", "#009E73", "#CC79A7", "#
 LOSS_FIELDS = {"step": "loss", "eval": "valid_loss"}
 """The field that holds the loss in each kind of event: on training text, on validation text."""
 LOSS_LABEL = "loss (nats per token)"
+EXIT_ARROW: dict = {
+    "marker": [(0, -8), (0, 0), (-2, -3), (0, 0), (2, -3)],
+    "markersize": 20,
+    "markeredgewidth": 1.5,
+    "fillstyle": "none",
+    "linestyle": "none",
+}
+"""Marks where a curve leaves the axes, with the tip there."""
 
 
 def draw_losses(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str) -> None:
@@ -24,25 +33,59 @@ def draw_losses(row: "Sequence[Axes]", phases: Sequence[PhaseEvents], unit: str)
     where the run was resumed with other settings."""
     for axes, phase in zip(row, phases, strict=True):
         training, validation = (series(phase.events, *item) for item in LOSS_FIELDS.items())
-        axes.plot(*training, color=GREY, linewidth=1, label="training")
-        axes.plot(*validation, "o-", color=BLUE, markersize=4, label="validation")
-        for x in {change["x"] for change in select_events(phase.events, "change")}:
-            axes.axvline(x, color="black", linestyle=":", linewidth=1)
+        axes.plot(*training, color=GREY, linewidth=1, label="training text")
+        axes.plot(*validation, "o-", color=BLUE, markersize=4, label="validation text")
     row[0].set_ylabel(LOSS_LABEL)
     row[0].set_ylim(loss_limits([phases]))
-    row[0].legend()
+    mark_exits(row)
+    for axes, phase in zip(row, phases, strict=True):
+        for x in {change["x"] for change in select_events(phase.events, "change")}:
+            style = {"color": "black", "linestyle": ":", "linewidth": 1}
+            axes.axvline(x, **style, label="other settings from here")
+    legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in row]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    row[0].legend(handles.values(), handles.keys())
 
 
-def loss_limits(runs: Sequence[Sequence[PhaseEvents]]) -> tuple[float, float]:
+def mark_exits(all_axes: "Sequence[Axes]") -> None:
+    """Puts an arrow on the upper edge of some axes wherever a line of theirs leaves through it, and
+    says in the legend of the first how high these lines go."""
+    highest = -inf
+    for axes in all_axes:
+        _, top = axes.get_ylim()
+        for line in axes.get_lines():
+            xs, ys = np.array(line.get_data(), float)
+            if not np.any(ys > top):
+                continue
+            crossed = np.flatnonzero(np.diff(ys > top))
+            shares = (top - ys[crossed]) / (ys[crossed + 1] - ys[crossed])
+            exits = xs[crossed] + shares * (xs[crossed + 1] - xs[crossed])
+            exits = exits if exits.size else xs.mean(keepdims=True)
+            edge, color = axes.get_xaxis_transform(), line.get_color()
+            axes.plot(exits, np.ones(exits.size), **EXIT_ARROW, color=color, transform=edge)
+            highest = max(highest, ys.max())
+    if isfinite(highest):
+        label = f"higher, up to {highest:.3g}"
+        all_axes[0].plot([], [], **EXIT_ARROW, color="black", label=label)
+
+
+def loss_limits(
+    runs: Sequence[Sequence[PhaseEvents]], fields: Mapping[str, str] = LOSS_FIELDS
+) -> tuple[float, float]:
     """Returns limits around all losses of some runs, but for those of the first steps of a new
-    model, near log(vocabulary), and those of a collapse."""
+    model, near log(vocabulary), and those of a collapse.
+
+    Args:
+        runs: The phases of each run.
+        fields: The field that holds the loss in each kind of event.
+    """
     shown, typical = [], 0.0
     for phases in runs:
         start, end = phases[0].x_range
         is_new = not select_events(phases[0].events, "grow")
         first = start + (end - start) / 4 if is_new else start
         events = [event for phase in phases for event in phase.events]
-        for kind, field in LOSS_FIELDS.items():
+        for kind, field in fields.items():
             xs, losses = series(events, kind, field)
             if losses.size:
                 shown.extend(losses[xs >= min(first, xs[-1])])
@@ -77,9 +120,10 @@ def describe_phase(phase: PhaseEvents, run: dict) -> list[str]:
     return lines
 
 
-def best_valid_loss(evaluated: dict) -> float:
-    """Returns the validation loss of an `eval` event that is measured on the most text."""
-    return evaluated.get("final_valid_loss", evaluated["valid_loss"])
+def best_valid_loss(evaluated: dict, field: str = "valid_loss") -> float:
+    """Returns the validation loss of an `eval` event that is measured on the most text, given the
+    field that holds it for every evaluation."""
+    return evaluated.get(f"final_{field}", evaluated[field])
 
 
 def loss_change(phase: PhaseEvents) -> float:
