@@ -15,14 +15,15 @@ from models import SLM, KVCache
 from tests.helpers.small_models import CONFIGS, random_model
 from transfer import TrainState
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
-from utils.generate import (
+from utils.generate.__main__ import main
+from utils.generate.sampling import Sampling
+from utils.generate.stories import (
     REPLACEMENT,
-    Sampling,
     draw_tokens,
     encode_prompts,
     generate,
-    main,
     next_logits,
+    sample_tokens,
     stream_stories,
     stream_text,
     write_stories,
@@ -106,7 +107,7 @@ def test_tokens_are_as_frequent_as_they_are_probable_to_transformers(
     expected = TopPLogitsWarper(top_p)(None, expected).softmax(-1)[0]
     sampling = Sampling(temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(0)
-    tokens = sampling.sample(logits.expand(2000, -1), [generator] * 2000)
+    tokens = sample_tokens(logits.expand(2000, -1), sampling, [generator] * 2000)
     frequency = torch.tensor(tokens).bincount(minlength=300) / len(tokens)
     # 0.04 is more than 3.5 standard deviations of any share.
     torch.testing.assert_close(frequency, expected, rtol=0, atol=0.04)

@@ -26,13 +26,13 @@ from tests.helpers.damage import (
 from tests.helpers.small_runs import MODEL
 from transfer import TrainState
 from transfer.verify_growth_mechanics import compare_checkpoints
-from utils import generate
 from utils.checkpoint.model import (
     CHECKPOINT_SCHEMA,
     Checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from utils.generate.__main__ import main as generate_main
 from utils.runtime.atomic_io import ADD_CHECKSUM, CHECKSUM_TAG, checksum_trailer
 from utils.text.builtin.stories import builtin_stories
 from utils.text.special_tokens import SpecialTokens
@@ -156,7 +156,7 @@ def assert_refused(data, phrase, folder, capsys):
     """Every reader says what is wrong with a file of these bytes, and nothing else changes."""
     Path("bad.pt").write_bytes(data)
     before = snapshot_folder(folder)
-    command = partial(generate.main, Path("bad.pt"), ("Once",), device="cpu")
+    command = partial(generate_main, Path("bad.pt"), ("Once",), device="cpu")
     code, _, error = capture_command(command, capsys)
     assert code == 2 and error.startswith("error: bad.pt") and phrase in error
     with pytest.raises(InputError) as raised:
@@ -178,7 +178,7 @@ def test_a_whole_file_with_other_content_is_named_by_whoever_reads_it(
 
 
 def test_a_whole_checkpoint_is_read(folder, capsys):
-    command = partial(generate.main, Path("good.pt"), ("Once",), length=3, device="cpu")
+    command = partial(generate_main, Path("good.pt"), ("Once",), length=3, device="cpu")
     code, output, error = capture_command(command, capsys)
     assert code == 0 and output.startswith("Once") and not error
     assert compare_checkpoints(Path("good.pt"), Path("good.pt"))
@@ -187,7 +187,7 @@ def test_a_whole_checkpoint_is_read(folder, capsys):
 def test_a_checkpoint_that_torch_has_saved_again_is_read_if_asked_to(folder, whole_file, capsys):
     torch.save(torch.load("good.pt", weights_only=True), "again.pt")
     for path in (Path("good.pt"), Path("again.pt")):
-        generate.main(path, ("Once",), length=3, device="cpu", unchecked=True)
+        generate_main(path, ("Once",), length=3, device="cpu", unchecked=True)
     good, again = capsys.readouterr().out.splitlines()
     assert good == again
     assert compare_checkpoints(Path("good.pt"), Path("again.pt"), unchecked=True)
@@ -240,6 +240,6 @@ def test_no_single_bit_of_a_checkpoint_goes_unnoticed(folder, whole_file):
 
 def test_a_missing_checkpoint_and_a_folder_are_none(folder, capsys):
     for path in (Path("none.pt"), folder):
-        command = partial(generate.main, path, ("Once",), device="cpu")
+        command = partial(generate_main, path, ("Once",), device="cpu")
         code, _, error = capture_command(command, capsys)
         assert code == 2 and error.startswith(f"error: {path}: there is no such ")

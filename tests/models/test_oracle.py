@@ -18,7 +18,8 @@ from tests.helpers.small_models import (
     reference_loss,
     windows,
 )
-from utils.generate import Sampling, generate
+from utils.generate.sampling import Sampling
+from utils.generate.stories import generate
 
 OUR_WORDS = {
     "model.": "",

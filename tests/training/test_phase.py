@@ -18,7 +18,8 @@ from tests.helpers.small_runs import FOUR_PHASES, MODEL, TRAINING
 from train import main
 from transfer import TrainState
 from utils.checkpoint.model import load_checkpoint
-from utils.generate import Sampling, write_stories
+from utils.generate.sampling import Sampling
+from utils.generate.stories import write_stories
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.plot.figure import make_figure
 from utils.runtime.atomic_io import save_tensors

@@ -3,18 +3,22 @@
 import sys
 
 from utils.benchmark.options import BenchmarkOptions
-from utils.benchmark.suite import run_benchmark
 from utils.runtime.cli import parse_flags, run_command
 
-if __name__ == "__main__":
-    run_command(
-        lambda: run_benchmark(
-            parse_flags(
-                BenchmarkOptions,
-                sys.argv[1:],
-                default=BenchmarkOptions(),
-                prog="python -m utils.benchmark",
-                description=BenchmarkOptions.__doc__ or "",
-            )
-        )
+
+def main(args: list[str]) -> None:
+    """Measures what the arguments ask for."""
+    options = parse_flags(
+        BenchmarkOptions,
+        args,
+        default=BenchmarkOptions(),
+        prog="python -m utils.benchmark",
+        description=BenchmarkOptions.__doc__ or "",
     )
+    from utils.benchmark.suite import run_benchmark
+
+    run_benchmark(options)
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

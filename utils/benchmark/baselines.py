@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from config import ModelConfig
-from utils.benchmark.options import BenchmarkSetup, CompileMode
+from utils.benchmark.options import CompileMode
+from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.timing import Work
 from utils.hf.config_json import to_hf_config
 from utils.runtime.device import autocast

@@ -1,17 +1,11 @@
-"""What to measure and on what: the benchmark's options, and what all its measurements share."""
+"""The benchmark's options, which are read before torch is imported."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from config import PRESETS, NonNegativeInt, PositiveInt, Run, check_fields, require
-from utils.benchmark.timing import Work, time_in_turn
-from utils.runtime.device import choose_device, training_dtype
-from utils.schedule.phases import ResolvedPhase
-from utils.text.tokenizer import LEARNED_VOCAB_SIZE
+from config import PRESETS, NonNegativeInt, PositiveInt, check_fields, require
 
 CompileMode = Literal["default", "reduce-overhead"]
 
@@ -99,40 +93,3 @@ class BenchmarkOptions:
     def baseline_modes(self) -> list[CompileMode | None]:
         """The modes of torch.compile in which to measure the baselines; None is not compiled."""
         return [*([None] if self.baselines else []), *self.baseline_compile]
-
-
-@dataclass(frozen=True)
-class BenchmarkSetup:
-    """What all measurements share."""
-
-    options: BenchmarkOptions
-    run: Run
-    """The preset, with its vocabulary known."""
-    device: torch.device
-    dtype: torch.dtype
-    """The dtype of the training step's matrix products."""
-
-    @classmethod
-    def from_options(cls, options: BenchmarkOptions) -> "BenchmarkSetup":
-        """Returns the setup for these options, whose device becomes CUDA's current one.
-
-        Raises:
-            InputError: for a device that the machine does not have.
-        """
-        preset, device = PRESETS[options.preset](), choose_device(options.device)
-        if device.index is not None:
-            torch.cuda.set_device(device)  # whose streams the events and the captured graphs take
-        run = replace(
-            preset,
-            model=replace(preset.model, vocab_size=preset.model.vocab_size or LEARNED_VOCAB_SIZE),
-            training=replace(preset.training, cuda_graph=options.cuda_graph),
-        )
-        return cls(options, run, device, training_dtype(options.precision, device))
-
-    def has_phase(self, phase: ResolvedPhase) -> bool:
-        """Whether a phase is to be measured."""
-        return not self.options.phases or phase.number in self.options.phases
-
-    def time(self, *works: Work) -> list[list[float]]:
-        """Returns the seconds of each timed run of each of `works`, run in turn."""
-        return time_in_turn(works, self.device, self.options.repeats, self.options.warm_up)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from utils.benchmark.baselines import baseline_label, make_baseline_step
 from utils.benchmark.components import make_component_works
-from utils.benchmark.options import BenchmarkSetup
 from utils.benchmark.results import ResultRow, catch_out_of_memory
 from utils.benchmark.roofline import DeviceRates
+from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.timing import Work, release_memory
 from utils.metrics.throughput import AccumulatorState, MetricAccumulator
 from utils.optim.adamw import Optimizer, build_optimizer

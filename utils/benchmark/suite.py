@@ -9,8 +9,9 @@ from itertools import chain
 
 import torch
 
-from utils.benchmark.options import BenchmarkOptions, BenchmarkSetup
+from utils.benchmark.options import BenchmarkOptions
 from utils.benchmark.results import ResultRow, format_results
+from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.startup import measure_startup
 from utils.benchmark.steps import measure_steps
 from utils.benchmark.transitions import measure_transitions

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from transfer import TrainState, apply_plan, grow, make_plan
-from utils.benchmark.options import BenchmarkSetup
 from utils.benchmark.results import ResultRow, catch_out_of_memory
+from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.steps import make_training
 from utils.benchmark.timing import release_memory, time_in_turn
 from utils.runtime.device import peak_memory_gb

@@ -9,7 +9,8 @@ from config import InputError, Run
 from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
 from utils.checkpoint.resume import TrainingProgress
-from utils.generate import Sampling, encode_prompts, write_stories
+from utils.generate.sampling import Sampling
+from utils.generate.stories import encode_prompts, write_stories
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state

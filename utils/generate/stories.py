@@ -1,16 +1,12 @@
-"""Writes stories with a trained model:
-
-    python -m utils.generate CHECKPOINT "Once upon a time" "One day"
+"""Stories that a trained model writes.
 
 Shapes are as in model.py: B texts, T tokens, V tokens of the vocabulary, and C candidates.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Annotated
 
 import torch
 from tokenizers import Tokenizer
@@ -18,10 +14,11 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from config import NonNegativeFloat, NonNegativeInt, Range, Seed, check_fields, require
+from config import require
 from models import SLM, KVCache
 from utils.checkpoint.model import load_checkpoint
-from utils.runtime.cli import decode_argument, run_command
+from utils.generate.sampling import Sampling
+from utils.runtime.cli import decode_argument
 from utils.runtime.device import choose_device
 from utils.text.special_tokens import start_ids
 from utils.text.tokenizer import check_token_ids
@@ -33,36 +30,22 @@ TextTokens = Iterator[tuple[int, int | None]]
 the text has ended."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn."""
-
-    temperature: NonNegativeFloat = 0.8
-    """Divides the logits before the draw. 0 takes the likeliest token each time."""
-    top_k: NonNegativeInt = 50
-    """Draw from this many of the likeliest tokens. 0 draws from all."""
-    top_p: Annotated[float, Range(0, 1, exclude=(0,))] = 1.0
-    """Draw from the fewest of these tokens whose probabilities add up to this."""
-    seed: Seed = 0
-    """Seed of the draws. Story i of several is what it would be alone with seed + i."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def sample(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-        """Returns a token for each row of logits, drawn with the row's own generator."""
-        if self.temperature == 0:
-            return logits_BV.argmax(-1).tolist()
-        size = logits_BV.shape[1]
-        best_BC, token_BC = (x.cpu() for x in logits_BV.topk(min(self.top_k or size, size)))
-        prob_BC = ((best_BC - best_BC[:, :1]).double() / self.temperature).softmax(-1)
-        likelier_BC = prob_BC.cumsum(-1) - prob_BC
-        prob_BC = prob_BC.where(likelier_BC < self.top_p, 0.0)
-        choices = [
-            torch.multinomial(prob_C, 1, generator=generator)
-            for prob_C, generator in zip(prob_BC, generators, strict=True)
-        ]
-        return token_BC.gather(1, torch.stack(choices)).flatten().tolist()
+def sample_tokens(
+    logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> list[int]:
+    """Returns a token for each row of logits, drawn with the row's own generator."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    size = logits_BV.shape[1]
+    best_BC, token_BC = (x.cpu() for x in logits_BV.topk(min(sampling.top_k or size, size)))
+    prob_BC = ((best_BC - best_BC[:, :1]).double() / sampling.temperature).softmax(-1)
+    likelier_BC = prob_BC.cumsum(-1) - prob_BC
+    prob_BC = prob_BC.where(likelier_BC < sampling.top_p, 0.0)
+    choices = [
+        torch.multinomial(prob_C, 1, generator=generator)
+        for prob_C, generator in zip(prob_BC, generators, strict=True)
+    ]
+    return token_BC.gather(1, torch.stack(choices)).flatten().tolist()
 
 
 @torch.inference_mode()
@@ -90,7 +73,7 @@ def draw_tokens(
         if not unfinished:
             return
         logits_BV = next_logits(model, [texts[i] for i in unfinished], cache)
-        drawn = sampling.sample(logits_BV, [generators[i] for i in unfinished])
+        drawn = sample_tokens(logits_BV, sampling, [generators[i] for i in unfinished])
         for i, token in zip(unfinished, drawn, strict=True):
             texts[i].append(token)
             yield i, None if token in stop_ids else token
@@ -202,26 +185,19 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     yield tokenizer.decode(ids)[length:]
 
 
-def main(
+def print_stories(
     checkpoint: Path,
     prompts: tuple[str, ...],
-    /,
-    length: int = 200,
-    sampling: Sampling = Sampling(),
-    device: str = "auto",
-    unchecked: bool = False,
+    length: int,
+    sampling: Sampling,
+    device: str,
+    unchecked: bool,
 ) -> None:
-    """Prints the stories that a checkpoint's model makes of prompts, while it writes them.
+    """Prints the stories that a checkpoint's model makes of prompts, while it writes them. See
+    `python -m utils.generate --help` for the options.
 
-    Args:
-        checkpoint: The .pt file of a run.
-        prompts: How each story begins.
-        length: The most tokens to add to each prompt. A text longer than the model's context takes
-            long, and only its end is seen.
-        sampling: How the next token is drawn.
-        device: Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu. Nothing
-            has been run on Apple's MPS yet.
-        unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
+    Raises:
+        InputError: for options, a checkpoint or prompts that cannot be used.
     """
     require(length >= 0, f"length = {length} must not be negative")
     require(len(prompts) > 0, "prompts = () is empty: say how a story begins")
@@ -234,10 +210,3 @@ def main(
     drawn = draw_tokens(model, starts, length, saved.special_tokens.stop_ids, sampling)
     for part in stream_stories(tokenizer, starts, drawn):
         print(part, end="", flush=True)
-
-
-if __name__ == "__main__":
-    import tyro
-
-    config = (tyro.conf.OmitArgPrefixes,)
-    run_command(lambda: tyro.cli(main, prog="python -m utils.generate", config=config))

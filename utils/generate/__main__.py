@@ -1,0 +1,42 @@
+"""Writes stories with a trained model:
+
+python -m utils.generate CHECKPOINT "Once upon a time" "One day"
+"""
+
+from pathlib import Path
+
+from utils.generate.sampling import Sampling
+from utils.runtime.cli import run_command
+
+
+def main(
+    checkpoint: Path,
+    prompts: tuple[str, ...],
+    /,
+    length: int = 200,
+    sampling: Sampling = Sampling(),
+    device: str = "auto",
+    unchecked: bool = False,
+) -> None:
+    """Prints the stories that a checkpoint's model makes of prompts, while it writes them.
+
+    Args:
+        checkpoint: The .pt file of a run.
+        prompts: How each story begins.
+        length: The most tokens to add to each prompt. A text longer than the model's context takes
+            long, and only its end is seen.
+        sampling: How the next token is drawn.
+        device: Where to compute: auto (CUDA, then MPS, then CPU), cuda, cuda:1, mps or cpu. Nothing
+            has been run on Apple's MPS yet.
+        unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
+    """
+    from utils.generate.stories import print_stories
+
+    print_stories(checkpoint, prompts, length, sampling, device, unchecked)
+
+
+if __name__ == "__main__":
+    import tyro
+
+    config = (tyro.conf.OmitArgPrefixes,)
+    run_command(lambda: tyro.cli(main, prog="python -m utils.generate", config=config))
