@@ -1,19 +1,21 @@
 """What a run is, as data: its phases, the model, how it is trained, and on which text.
 
 A preset is a function that returns a complete `Run`, every field of which is an option of train.py,
-those of its `phases` included where it has any. Presets and the default schedule come first; the
-classes they are made of follow.
+those of its `phases` included where it has any. Every function here that is annotated `-> Run` is
+one. Presets and the default schedule come first; the classes they are made of follow.
 """
 
 from __future__ import annotations  # so that presets can stand before the classes they return
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FunctionType, NoneType, UnionType
 from typing import (
     Annotated,
     Any,
@@ -70,9 +72,6 @@ def grow_moe() -> Run:
     del phases["dense"]
     phases["moe"] = replace(phases["moe"], growth=None, init_checkpoint="")
     return replace(full(), model=ModelConfig(num_experts=8), phases=phases)
-
-
-PRESETS = {preset.__name__: preset for preset in (full, tiny, single, grow_moe)}
 
 
 def four_phases(training: TrainingConfig) -> dict[str, Phase]:
@@ -266,7 +265,7 @@ class ModelConfig:
     """`rope` rotates queries and keys by their position; `learned` adds a learned embedding."""
     rope_theta: PositiveFloat = 10_000.0
     """Base of the rotary wavelengths."""
-    rope_scaling: RopeScaling = RopeScaling()
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     """How the rotary wavelengths are stretched."""
     tie_embeddings: bool = True
     """Use the token embedding as the output head as well."""
@@ -362,7 +361,7 @@ class Upcycle:
     reinit_fraction: Fraction = 0.0
     """Fraction of each expert's inner units to re-initialise (0.5 in Drop-Upcycling), so that the
     experts begin apart. Above 0 the function is not kept."""
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = field(default_factory=Tolerance)
     """How far this growth may move the function."""
 
     def __post_init__(self) -> None:
@@ -390,7 +389,7 @@ class Widen:
     """Standard deviation of the noise on the copies, relative to each weight's own. The noise
     cancels over the copied inputs, so the function is kept. At 0 all copies get equal gradients
     and stay equal for ever."""
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = field(default_factory=Tolerance)
     """How far this growth may move the function."""
 
     def __post_init__(self) -> None:
@@ -418,7 +417,7 @@ class Deepen:
     init: BlockInit = "identity"
     """`identity` sets the new output projections to zero, which keeps the function. `copy` repeats
     the old blocks before each run of new ones (G_stack), which changes it."""
-    tolerance: Tolerance = Tolerance()
+    tolerance: Tolerance = field(default_factory=Tolerance)
     """How far this growth may move the function."""
 
     def __post_init__(self) -> None:
@@ -485,11 +484,11 @@ class TrainingConfig:
     """Sequences in each optimizer step of phase 3."""
     batch_size_phase4: PositiveInt = 1
     """Sequences in each optimizer step of phase 4."""
-    upcycle: Upcycle = Upcycle()
+    upcycle: Upcycle = field(default_factory=Upcycle)
     """How phase 1's model becomes phase 2's."""
-    widen: Widen = Widen()
+    widen: Widen = field(default_factory=Widen)
     """How phase 2's model becomes phase 3's."""
-    deepen: Deepen = Deepen()
+    deepen: Deepen = field(default_factory=Deepen)
     """How phase 3's model becomes phase 4's."""
 
     micro_batch_size: PositiveInt | None = None
@@ -633,9 +632,9 @@ TrackerName = Literal["none", "tensorboard"]
 class Run:
     """A language model that grows while it trains."""
 
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    data: DataConfig = DataConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     phases: dict[str, Phase] = field(default_factory=dict)
     """A schedule of your own, by name and in order. Empty takes the four phases of `training`."""
     init_from: str = ""
@@ -691,3 +690,20 @@ class Run:
     def schedule(self) -> dict[str, Phase]:
         """The phases of the run, by name and in order."""
         return self.phases or four_phases(self.training)
+
+
+def find_presets(namespace: dict[str, Any]) -> dict[str, Callable[[], Run]]:
+    """Returns by name the presets that a module defines, given its names: the public functions that
+    are annotated `-> Run` and need no argument."""
+    return {
+        name: function
+        for name, function in namespace.items()
+        if isinstance(function, FunctionType)
+        and function.__module__ == namespace["__name__"]
+        and function.__annotations__.get("return") in (Run, "Run")
+        and all(p.default is not p.empty for p in signature(function).parameters.values())
+        and not name.startswith("_")
+    }
+
+
+PRESETS = find_presets(globals())
