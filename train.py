@@ -2,22 +2,25 @@
 
     python train.py [PRESET] [--field value ...]
 
+PRESET is a function in config.py, or my_schedule.py with one of your own.
+
 A run is a list of phases (config.py). Before a phase the model may grow; the same probe tokens
 judge it before and after, and the run stops where its function moved.
 """
 
 import sys
+from pathlib import Path
 
 from config import Run
-from utils.checkpoint.resume import adopt_settings
-from utils.checkpoint.run_dir import is_finished
 from utils.runtime.cli import parse_run, run_command
-from utils.training.context import announce_run, check_run, finish_run, open_run, prepare_run
-from utils.training.phase import grow_and_verify, save_phase, train_phase
 
 
 def main(run: Run) -> None:
     """Trains every phase of a run, or those that are left of it."""
+    from utils.checkpoint.run_dir import is_finished  # torch takes a second: first the options
+    from utils.training.context import announce_run, check_run, finish_run, open_run, prepare_run
+    from utils.training.phase import grow_and_verify, save_phase, train_phase
+
     init_source = check_run(run)  # every setting, before any work
     if run.resume and not run.dry_run and is_finished(run.out):
         return finish_run(init_source)
@@ -35,5 +38,12 @@ def main(run: Run) -> None:
     return None
 
 
+def resumed(default: Run, out: Path) -> Run:
+    """Returns a preset's run with the settings that the run in `out` was left with."""
+    from utils.checkpoint.resume import adopt_settings
+
+    return adopt_settings(default, out)
+
+
 if __name__ == "__main__":
-    run_command(lambda: main(parse_run(sys.argv[1:], adopt_settings)))
+    run_command(lambda: main(parse_run(sys.argv[1:], resumed)))

@@ -5,8 +5,10 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from train import main
 from utils.experiment.records import report_of, split_runs
 from utils.metrics.history import read_history, select_events
+from utils.runtime.cli import find_preset, parse_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -39,6 +41,21 @@ def test_the_table_of_fields_has_the_doc_of_every_field():
     options = {key: doc for key, doc in docs.items() if key[1] not in nested and key[0] != "Range"}
     assert len(options) > 70
     assert not [key for key, doc in options.items() if plain(doc) not in table]
+
+
+def test_the_schedule_of_ones_own_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"as `(\w+\.py)`:\n\n```python\n(.*?)```", CONFIGURATION.read_text(), re.S)
+    ((name, text),) = blocks
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    phases = list(find_preset(name).phases)
+    assert len(phases) == 4
+    flags = f"--out run --data.cache {tmp_path} --data.builtin-stories 200 --device cpu "
+    flags += "--model.d-model 16 --model.n-layers 1 --model.seq-len 32 --model.vocab-size 300 "
+    flags += "--training.eval-tokens 300 --training.final-eval-tokens 300 "
+    flags += " ".join(f"--phases.{phase}.steps 1" for phase in phases)
+    main(parse_run([name, *flags.split()]))
+    assert all(Path("run", f"{phase}_final.pt").exists() for phase in phases)
 
 
 def test_links_between_documents_lead_somewhere():

@@ -33,13 +33,13 @@ KILLS = {
         after pathlib.Path.replace 1, after RESUME.save_tensors 2, before RESUME.resume_points 4""",
     "while it grows": """
         before PHASE.grow 1, after PHASE.grow 1, after PHASE.save_model 2,
-        after train.grow_and_verify 1, after PHASE.grow 2, before PHASE.save_model 1,
+        after PHASE.grow_and_verify 1, after PHASE.grow 2, before PHASE.save_model 1,
         before PHASE.grow 2, after PHASE.grow 1""",
     "between phases": """
         before PHASE.sample_stories 1, after PHASE.sample_stories 1, before PHASE.save_model 1,
-        before pathlib.Path.replace 2, after PHASE.save_model 1, after train.train_phase 1,
-        after train.save_phase 1, before PHASE.build_optimizer 2, after train.save_phase 1,
-        after train.save_phase 1""",
+        before pathlib.Path.replace 2, after PHASE.save_model 1, after PHASE.train_phase 1,
+        after PHASE.save_phase 1, before PHASE.build_optimizer 2, after PHASE.save_phase 1,
+        after PHASE.save_phase 1""",
     "while it reports, and at the end": """
         before REPORTER.evaluate 3, after REPORTER.evaluate 3,
         after utils.metrics.history.History.__call__ 4, before PHASE.save_checkpoint 1,

@@ -25,7 +25,7 @@ from tests.helpers.damage import (
 )
 from tests.helpers.small_runs import MODEL
 from transfer import TrainState
-from transfer.verify_growth_mechanics import compare_checkpoints
+from transfer.proof import compare_checkpoints
 from utils.checkpoint.model import (
     CHECKPOINT_SCHEMA,
     Checkpoint,

@@ -34,7 +34,9 @@ from utils.runtime.cli import run_command
 ROOT = Path(__file__).parents[2]
 MAX_SECONDS = 60
 """No process of these tests takes as long."""
-LAZY_IMPORTS = ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+LAZY_IMPORTS = [
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo", "utils.training.phase",
+]  # fmt: skip
 """Modules that a run imports only where it needs them."""
 SHORT_NAMES = {
     "CONTEXT": "utils.training.context",

@@ -1,11 +1,18 @@
 """From the command line to a run, and what a command says and returns as it ends."""
 
+import fcntl
 import io
 import os
+import pty
 import re
+import shutil
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,11 +28,6 @@ from utils.runtime.signals import Stopped
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
-
-
 def flag_names(config, prefix="--"):
     """Yields the option of every field of a dataclass and of those within it."""
     for field in fields(config):
@@ -39,7 +41,7 @@ def flag_names(config, prefix="--"):
 def parse_error(args, capsys):
     """Returns the one line on stderr for a command line that makes no run."""
     code, _, error = capture_command(lambda: print(parse_run(args)), capsys)
-    assert code == 2 and re.fullmatch("error: .+\n", error) and "---" not in error
+    assert code == 2 and re.fullmatch("error: [ -~]+\n", error) and "---" not in error
     return error
 
 
@@ -87,7 +89,39 @@ def test_help_documents_every_field(preset, capsys, monkeypatch):
     help_text = capsys.readouterr().out
     documented = re.findall(r"(--\S+?)[ ,].*\n\W+(?!\W*\(default)\w", help_text)
     assert set(flag_names(PRESETS[preset]())) <= set(documented)
-    assert all(f"{name}: {make.__doc__}" in help_text for name, make in PRESETS.items())
+    assert len(set(documented)) == len(documented), "each of them once"
+    text = " ".join(help_text.split())
+    docs = {name: " ".join((make.__doc__ or "").split()) for name, make in PRESETS.items()}
+    assert all(f"{name}: {doc}" in text for name, doc in docs.items())
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("preset, phase", [("tiny", "training"), ("single", "phases.single")])
+def test_help_begins_with_ten_options_and_fills_the_lines_of_a_terminal(
+    preset, phase, columns, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse_run([preset, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    options = [line.split()[0].strip(",") for line in lines if line.startswith("  -")]
+    steps = f"--{phase}.steps{'-phase1' if preset == 'tiny' else ''}"
+    assert options[:11] == [
+        *("--out", "--resume", "--dry-run", "--data.source", "--data.tokenizer", steps),
+        *(f"--{phase}.batch-size", "--init-from", "--seed", "--device", "-h"),
+    ]
+    longest_name = max(map(len, options)) + len("  {None}|FLOAT  ")
+    assert max(map(len, lines)) <= max(columns, longest_name)
+    docs = [(a, b) for a, b in pairwise(lines) if a[:6] == b[:6] == 6 * " "]
+    assert len(docs) > 50
+    assert not [a for a, b in docs if len(a) + 1 + len(b.split()[0]) <= columns]
+
+
+def test_help_of_a_preset_shows_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_run(["tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.d-model INT Width of the residual stream. (default: 64)" in text
 
 
 @pytest.mark.parametrize(
@@ -99,11 +133,16 @@ def test_help_documents_every_field(preset, capsys, monkeypatch):
         ),
         ("--seed 1 tiny", ["the preset comes first"]),
         ("tiny --training.lr-phas1 1", ["lr-phas1, 1; perhaps you meant --training.lr-phase1"]),
-        ("tiny --training.lr-phase1 fast", ["--training.lr-phase1", "'fast'"]),
+        ("tiny --trainig.seed 1 --dta.source x", ["--dta.source", "perhaps --data.source in"]),
+        ("tiny --training.lr-phase1 fast", ["error: --training.lr-phase1: could not", "'fast'"]),
+        ("tiny --model.n-kv-heads x", ["error: --model.n-kv-heads: no type matching", "'x'"]),
         ("tiny --precision fp16", ["--precision", "'fp16'", "'bf16'"]),
-        ("tiny --training.grad-clip 0", ["training.grad_clip = 0.0 must be a finite number"]),
-        ("tiny --training.widen.factor 0", ["training.widen: widen.factor = 0 must be"]),
-        ("tiny --model.n-heads 5", ["model.n_heads = 5 does not divide model.d_model = 64"]),
+        ("tiny --out", ["Missing value for argument '--out'\n"]),
+        ("single --phases.single.lr -1", ["error: phases.single: lr = -1.0 must be"]),
+        ("--resume --overwrite", ["error: resume goes on with what overwrite"]),
+        ("tiny --training.grad-clip 0", ["error: training.grad_clip = 0.0 must be a"]),
+        ("tiny --training.widen.factor 0", ["error: training.widen.factor = 0 must be"]),
+        ("tiny --model.n-heads 5", ["error: model.n_heads = 5 does not divide model.d_model"]),
     ],
 )
 def test_what_cannot_be_run_is_named_on_stderr_with_exit_code_2(args, phrases, capsys):
@@ -193,6 +232,96 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path)
     assert (further in error) == (kind == "a finished run")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert list(path.parent.iterdir()) == [path]
+
+
+MISTAKES = {
+    "train.py tiny --trainig.steps-phase1 5": "perhaps you meant --training.steps-phase1",
+    "-m utils.generate a.pt --lenght 3": "perhaps you meant --length",
+    "-m utils.hf grow a b --wident 3": "perhaps you meant --widen",
+    "-m utils.hf export": "missing: CHECKPOINT, FOLDER",
+    "-m utils.plot a --x miles": "invalid choice 'miles' for argument '--x'",
+    "-m utils.benchmark --repaets 3": "perhaps you meant --repeats",
+    "-m utils.experiment noise tiny --seds 3": "perhaps you meant --seeds",
+    "-m utils.experiment keep a": "missing: FILE",
+    "transfer/verify_growth_mechanics.py --befor a.pt": "perhaps you meant --before",
+}
+
+
+def run_in_terminal(command: str, columns: int, variables: dict[str, str]) -> tuple[int, str]:
+    """Runs Python in a terminal of so many columns. Returns its exit code and what it shows."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, *command.split()],
+        cwd=ROOT, env=environment | variables, stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # so the end of a terminal is told
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
+@pytest.mark.parametrize("command, hint", MISTAKES.items(), ids=MISTAKES)
+def test_every_command_names_a_mistake_in_one_plain_line_of_a_terminal(command, hint):
+    code, shown = run_in_terminal(command, 80, {"TERM": "xterm-256color"})
+    assert code == 2 and re.fullmatch(r"error: [ -~]+\r\n", shown) and hint in shown
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("variables", [{"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_no_kind_of_terminal_changes_an_error(columns, variables):
+    (command, _), *_ = MISTAKES.items()
+    args = [sys.executable, *command.split()]
+    piped = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    code, shown = run_in_terminal(command, columns, variables)
+    assert (code, shown.replace("\r\n", "\n")) == (piped.returncode, piped.stderr)
+    assert "perhaps you meant --training.steps-phase1" in shown and not piped.stdout
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A function that edits a copy of config.py, then runs `train.py` beside it, which never comes
+    so far that it needs the rest."""
+    for file in (ROOT / "utils" / "runtime").glob("*.py"):
+        (tmp_path / "utils" / "runtime").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "utils" / "runtime")
+    shutil.copy(ROOT / "train.py", tmp_path)
+
+    def run(args: str, old: str, new: str) -> subprocess.CompletedProcess:
+        text = (ROOT / "config.py").read_text()
+        assert text.count(old) == 1
+        (tmp_path / "config.py").write_text(text.replace(old, new))
+        command = [sys.executable, "train.py", *args.split()]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("steps_phase1", "steps_phase1: NonNegativeInt = 1000", "steps_phase1: int = 60.5"),
+        ("steps_phase1", "        steps_phase1=240,", "        steps_phase1=60.5,"),
+        ("lr_phase2", "lr_phase2: NonNegativeFloat = 2e-4", "lr_phase2: float = '2e-4'"),
+    ],
+)
+def test_a_wrong_value_edited_into_config_is_named_in_one_line(name, old, new, program):
+    done = program("tiny", old, new)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(f"error: training.{name} = .+ must be .+\n", done.stderr)
+
+
+def test_a_function_added_to_config_is_a_preset(program):
+    added = "def mine() -> Run:\n    return replace(tiny(), seed=7)\n\n\ndef full() -> Run:"
+    done = program("mine --help", "def full() -> Run:", added)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    assert "--seed INT Seed of the initial weights, the batches, the noise of growth" in text
+    assert "and the samples. (default: 7)" in text and "(default: 64)" in text
 
 
 def test_the_program_run_from_another_folder_exits_as_its_commands_do(tmp_path):

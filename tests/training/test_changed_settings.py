@@ -19,10 +19,9 @@ from tests.helpers.small_runs import (
     comparable_history,
 )
 from tests.training.test_step import train_again
-from train import main
+from train import main, resumed
 from transfer import TrainState
 from utils.checkpoint.model import load_checkpoint
-from utils.checkpoint.resume import adopt_settings
 from utils.checkpoint.run_dir import is_finished
 from utils.data import get_batch, prepare_corpus
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
@@ -220,7 +219,7 @@ SMALL = (
 def parse(base_run, tmp_path):
     """A function from a command line to its run, as train.py parses it."""
     args = f"{SMALL} --data.cache {base_run.data.cache} --out {tmp_path / 'run'}"
-    return lambda flags="": parse_run(f"{args} {flags}".split(), adopt_settings)
+    return lambda flags="": parse_run(f"{args} {flags}".split(), resumed)
 
 
 def test_what_a_command_leaves_out_stays_as_the_run_was_left(parse):
@@ -261,6 +260,28 @@ def test_a_finished_run_says_what_another_command_has_otherwise(parse, base_run,
     code, output, _ = capture_command(lambda: main(parse("--resume --data.cache other")), capsys)
     assert code == 0 and "valid loss" in output
     assert snapshot_folder(tmp_path / "run") == before
+
+
+def test_a_run_of_a_users_file_goes_on_as_one_of_a_preset_does(base_run, tmp_path, capsys):
+    file, out = tmp_path / "own.py", tmp_path / "run"
+    flags = SMALL.replace("tiny", f"--data.source builtin --data.cache {base_run.data.cache}")
+    flags = re.sub(r"--training\.\S*(phase\d|batch-size) \d+", "", flags)
+
+    def parse(more="", phase="a"):
+        file.write_text(
+            "from config import Phase, Run\n"
+            f"def own() -> Run: return Run(phases={{'{phase}': Phase(steps=4, batch_size=4)}})"
+        )
+        return parse_run([str(file), *f"{flags} --out {out} {more}".split()], resumed)
+
+    stop_run(parse(), 2)
+    changed = parse("--resume --phases.a.lr 1e-3")
+    stop_run(changed, 1)
+    assert parse("--resume") == changed
+    code, _, error = capture_command(lambda: main(parse("--resume", phase="b")), capsys)
+    assert code == 2 and "holds another run" in error and "phases was ['a'], is ['b']" in error
+    main(parse("--resume"))
+    assert is_finished(out)
 
 
 @pytest.mark.parametrize("phase, checkpoint_every", [(1, "5min"), (2, "5min"), (2, "1")])

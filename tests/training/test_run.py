@@ -21,7 +21,7 @@ from tests.helpers.small_runs import (
     comparable_history,
 )
 from train import main
-from transfer.verify_growth_mechanics import compare_checkpoints
+from transfer.proof import compare_checkpoints
 from utils.checkpoint.model import load_checkpoint
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, select_events
 

@@ -1,9 +1,9 @@
-"""The proof script notices what breaks a law of growth."""
+"""The proof notices what breaks a law of growth."""
 
 import pytest
 
 from models import axes
-from transfer import verify_growth_mechanics as proof
+from transfer import proof
 from transfer.plan import Tile
 
 MOE_CASES = [case for case in proof.CASES if case[1].num_experts]

@@ -39,13 +39,6 @@ def keep_run(
 ) -> None:
     """Copies the history of a run, thinned. Its `run` line says how.
 
-    Args:
-        folder: Folder of the run (--out of train.py).
-        file: File to write.
-        step_every: Keep one of so many `step` lines, or none at 0. All other lines are kept.
-        drop: Fields to leave out, such as expert_load.
-        overwrite: Replace a file that is there. (The run's own history never is.)
-
     Raises:
         InputError: for a history that is missing or was thinned before, for a field that it does
             not have or that says where an event belongs, and for a file that is there or cannot be
@@ -65,9 +58,6 @@ def keep_run(
 def print_report(files: tuple[Path, ...]) -> None:
     """Prints the tables of kept histories in Markdown: of an experiment (NAME.jsonl in its folder)
     how its variants compare, of a run its phases and growths.
-
-    Args:
-        files: Files that an experiment, `keep` or train.py wrote.
 
     Raises:
         InputError: for a file that is none of these.

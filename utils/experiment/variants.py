@@ -21,9 +21,7 @@ from config import (
     full,
     require,
 )
-from transfer import make_plan
 from utils.runtime.cli import find_preset, parse_flags
-from utils.schedule.phases import resolve_phases
 
 
 class Variants(NamedTuple):
@@ -164,6 +162,9 @@ class Experiment:
 
     def variant_runs(self) -> dict[str, list[Run]]:
         """Returns by variant a run for each seed, of which the last phase is to be trained."""
+        from transfer import make_plan  # torch takes a second: first the options
+        from utils.schedule.phases import resolve_phases
+
         variants, base = EXPERIMENTS[self.name], self.base_run()
         phase, config = base.phases[self.growing_phase], resolve_phases(base)[-2].config
         assert phase.growth is not None, "checked above"

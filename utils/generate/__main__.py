@@ -3,10 +3,11 @@
 python -m utils.generate CHECKPOINT "Once upon a time" "One day"
 """
 
+import sys
 from pathlib import Path
 
 from utils.generate.sampling import Sampling
-from utils.runtime.cli import run_command
+from utils.runtime.cli import parse_call, run_command
 
 
 def main(
@@ -36,7 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    import tyro
-
-    config = (tyro.conf.OmitArgPrefixes,)
-    run_command(lambda: tyro.cli(main, prog="python -m utils.generate", config=config))
+    run_command(lambda: parse_call(main, sys.argv[1:], "python -m utils.generate")())

@@ -39,13 +39,6 @@ def export_checkpoint(
 
     The folder is written only if transformers, reading it, computes the same logits.
 
-    Args:
-        checkpoint: A .pt file of a run.
-        folder: The folder to write.
-        dtype: Round the weights to it. None leaves each as it is.
-        overwrite: Replace a model that is there.
-        unchecked: Read a checkpoint without its checksum, such as torch.save has written again.
-
     Raises:
         InputError: if the model cannot be represented, or the folder cannot be written.
         RunStopped: if transformers computes something else.
@@ -120,12 +113,6 @@ def import_model(
     model: str, checkpoint: Path, /, eos_token: str = "", overwrite: bool = False
 ) -> None:
     """Write a Llama or Mixtral in transformers' format as a checkpoint of this project.
-
-    Args:
-        model: A folder, or a name on the Hugging Face hub.
-        checkpoint: The .pt file to write.
-        eos_token: The token that ends a text. Empty takes the one that the model's files name.
-        overwrite: Replace a file that is there.
 
     Raises:
         InputError: if the model cannot be represented, or the file cannot be written.

@@ -57,22 +57,6 @@ def grow_folder(
     The weights stay in their dtype, but widening makes them at least float32: below that its noise
     would not cancel.
 
-    Args:
-        model: A folder, or a name on the Hugging Face hub.
-        folder: The folder to write.
-        upcycle: Number of experts that each feed-forward becomes. 0 leaves it dense.
-        widen: How many times as wide the model becomes.
-        deepen: Number of new layers.
-        top_k: Experts that each token visits, at least 2 of several. None takes 2.
-        noise: Standard deviation of the noise on widening's copies, relative to each weight's own.
-            None takes 0.1.
-        placement: Put the new layers between the old ones (interleaved, and None), after the last
-            (end), or in the middle.
-        text: Compare the models on windows spread over this file instead of over the built-in
-            stories.
-        seed: Seed of routers, noise and new layers.
-        overwrite: Replace a model that is there.
-
     Raises:
         InputError: if there is nothing to do, the model cannot be represented or grown like that,
             or the folder cannot be written.

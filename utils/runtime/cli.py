@@ -1,21 +1,23 @@
-"""From the command line to a call: presets, overrides, and what an error looks like."""
+"""From the command line to a call: presets, overrides, help, and what an error looks like."""
 
 import io
 import os
-import re
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from inspect import cleandoc
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from config import PRESETS, InputError, ModelConfig, Run, require
 from utils.runtime.errors import RunStopped
+from utils.runtime.openmp import limit_spinning
+from utils.runtime.plain_tyro import parse_plainly
 from utils.runtime.signals import Stopped, raise_on_signals
+from utils.runtime.user_preset import USER_FILE, load_preset
 
 EXIT_INPUT_ERROR, EXIT_RUN_STOPPED, EXIT_PIPE_CLOSED = 2, 1, 141
 T = TypeVar("T")
@@ -25,6 +27,7 @@ def run_command(command: Callable[[], None]) -> None:
     """Runs `command` and exits: with 0, or with one line on stderr and 2 for bad input, 1 for a run
     that had to stop, 128 + its number for a signal (130 for Ctrl-C), 141 if nobody reads on
     (`| head`). What a terminal cannot show is written as an escape."""
+    limit_spinning()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -78,14 +81,24 @@ def parse_run(
     if args and not args[0].startswith("-"):
         preset, *overrides = args
     default = find_preset(preset)
-    presets = "\n\n".join(f"{name}: {make.__doc__}" for name, make in PRESETS.items())
+    presets = [f"{name}: {make.__doc__}" for name, make in PRESETS.items()]
+    usage = "train.py [PRESET] [--field value ...]"
+    own = "PRESET is one of these, or a file with a function of your own that returns a Run:"
     parse = partial(
         parse_flags,
         Run,
         overrides,
         prog=f"train.py {preset}",
-        description=f"{Run.__doc__}\n\ntrain.py [PRESET] [--field value ...]\n\n{presets}"
-        f"\n\nThe defaults below are those of {preset}.",
+        description="\n\n".join(
+            [
+                Run.__doc__ or "",
+                usage,
+                f"{own} my_schedule.py.",
+                *presets,
+                f"The defaults below are those of {preset}.",
+            ]
+        ),
+        first=first_options(default),
         hint="; the preset comes first" if PRESETS.keys() & set(overrides) else "",
     )
     run = parse(default=default)
@@ -95,8 +108,25 @@ def parse_run(
     return run
 
 
+def first_options(default: Run) -> tuple[str, ...]:
+    """Returns the options of train.py that most people need, for a preset's run."""
+    phase = next(iter(default.phases), None)
+    steps, batch_size = ("training.steps-phase1", "training.batch-size")
+    if phase is not None:
+        steps, batch_size = f"phases.{phase}.steps", f"phases.{phase}.batch-size"
+    names = ["out", "resume", "dry-run", "data.source", "data.tokenizer", steps, batch_size]
+    return tuple(f"--{name.replace('_', '-')}" for name in [*names, "init-from", "seed", "device"])
+
+
 def find_preset(name: str) -> Run:
-    """Returns a preset's run. Raises InputError, which lists them, where there is none so named."""
+    """Returns the run of a preset, or of a function in a user's file (`FILE.py`, `FILE.py:NAME`).
+
+    Raises:
+        InputError: where there is none so named, with a list of those that are there, or where it
+            makes no run.
+    """
+    if USER_FILE.fullmatch(name):
+        return load_preset(name)
     if name not in PRESETS:
         nearest = get_close_matches(name, PRESETS, n=1)
         hint = f"; perhaps you meant {nearest[0]}" if nearest else ""
@@ -119,38 +149,68 @@ def check_init_from(run: Run, default: ModelConfig) -> None:
 
 
 def parse_flags(
-    kind: type[T], args: list[str], default: T, prog: str, description: str, hint: str = ""
+    kind: type[T],
+    args: list[str],
+    default: T,
+    prog: str,
+    description: str,
+    first: tuple[str, ...] = (),
+    hint: str = "",
 ) -> T:
-    """Parses `--field value ...` into a dataclass.
+    """Parses `--field value ...` into a dataclass. `--help` shows the options `first` before all
+    others.
 
     Raises:
         InputError: ending in `hint`, for arguments that do not make one.
     """
     import tyro
 
-    stderr = io.StringIO()
-    try:
-        with redirect_stderr(stderr):
-            return tyro.cli(
-                kind,
-                args=args,
-                default=default,
-                prog=prog,
-                description=cleandoc(description),
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(unframe(stderr.getvalue()) + hint) from None
+    config = (tyro.conf.AvoidSubcommands,)
+    parse = partial(tyro.cli, kind, default=default, config=config)
+    parse = partial(parse, prog=prog, description=cleandoc(description))
+    return parse_plainly(parse, args, first, hint)
 
 
-def unframe(box: str) -> str:
-    """Returns what tyro says in a frame of several lines as one line: the complaint, then what was
-    probably meant."""
-    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
-    text = " ".join(line for line in lines[1:] if line)
-    complaint, *others = filter(str.strip, re.split(r"[─-]{3,}", text))
-    hints = " ".join(part for part in others if "Perhaps you meant" in part)
-    meant = re.findall(r"(?<= )--[\w.-]+", hints)
-    return complaint.strip() + (f"; perhaps you meant {' or '.join(meant[:3])}" if meant else "")
+def parse_call(command: Callable[..., None], args: list[str], prog: str) -> Callable[[], None]:
+    """Parses the arguments of a function, those without a default by position. Returns the call.
+
+    Raises:
+        InputError: for arguments that it cannot be called with.
+    """
+    import tyro
+
+    parse = partial(tyro.cli, bind(command), prog=prog, config=positional_config())
+    return parse_plainly(parse, args)
+
+
+def bind(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Returns a function that takes what `command` takes and returns the call of it."""
+
+    @wraps(command)
+    def bound(*values: Any, **options: Any) -> Callable[[], None]:
+        return partial(command, *values, **options)
+
+    return bound
+
+
+def positional_config() -> tuple[Any, ...]:
+    """Returns how tyro reads the arguments of a function."""
+    from tyro import conf
+
+    return conf.OmitArgPrefixes, conf.PositionalRequiredArgs, conf.PositionalMetavarFromFieldName
+
+
+def parse_subcommand(
+    commands: Mapping[str, Callable[..., None]], args: list[str], prog: str, description: str
+) -> Callable[[], None]:
+    """Parses `NAME ARGUMENTS` for the function with that name in `commands`. Returns the call.
+
+    Raises:
+        InputError: for arguments that name no function, or that it cannot be called with.
+    """
+    import tyro
+
+    bound = {name: bind(command) for name, command in commands.items()}
+    config = positional_config()
+    parse = partial(tyro.extras.subcommand_cli_from_dict, bound, config=config)
+    return parse_plainly(partial(parse, prog=prog, description=description), args)
