@@ -241,7 +241,8 @@ class ModelConfig:
     """The architecture: a Llama when dense, a Mixtral with experts."""
 
     vocab_size: NonNegativeInt = 50_257
-    """Rows of the token embedding. 0 takes the tokenizer's number of tokens."""
+    """Rows of the token embedding. 0 takes the tokenizer's number of tokens. A learned tokenizer
+    learns as many as this, or 2,048 if this is 0 or GPT-2's 50,257."""
     d_model: PositiveInt = 512
     """Width of the residual stream."""
     n_layers: PositiveInt = 12
@@ -584,8 +585,8 @@ class DataConfig:
     is stories-valid beside stories-train; test text is left out."""
     tokenizer: str = "auto"
     """A tokenizer.json or a folder with one, a name on the hub, a checkpoint of this project (.pt),
-    or `learned`, a byte-level BPE learned on the text itself. `auto` takes gpt2, and `learned` for
-    the built-in stories."""
+    or `learned`, a byte-level BPE learned on the text itself, without a download. `auto` takes
+    gpt2, and `learned` for the built-in stories and where no hub can be reached."""
     eos_token: str = ""
     """The token that ends a text, such as </s>. Empty takes the one that the tokenizer's files
     name; a tokenizer whose files name none needs this."""
@@ -657,11 +658,13 @@ class Run:
     them in `out`/tensorboard. If the tracker fails, the run goes on without it."""
     resume: bool = False
     """Go on exactly where the run in `out` stopped. From there on rates, steps, batch sizes and the
-    like may be others: those that the command line sets; the rest stay as the run was left."""
+    like may be others: those that the command line sets; the rest stay as the run was left. A run
+    that has ended says how to train its model further."""
     overwrite: bool = False
     """Replace what an earlier run left in `out`."""
     dry_run: bool = False
-    """Prepare the data, print what would run, phase by phase, and stop."""
+    """Prepare the data, print what would run, phase by phase, and whether it would start, and stop.
+    Exits with 2 where it would not: where memory or disk is short, or `out` may not be written."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -31,14 +31,16 @@ from utils.text.special_tokens import SpecialTokens
 from utils.text.token_cache import cached_folder
 from utils.text.tokenizer import (
     TOKENIZER_JSON,
+    TokenizerUnreachable,
     check_token_ids,
     embedding_rows,
     load_tokenizer,
     resolve_tokenizer_name,
     tokenizer_identity,
+    wanted_vocab_size,
 )
 
-CACHE_FORMAT = 4
+CACHE_FORMAT = 5
 """Part of every cache key. It goes up when the same text would become other files."""
 TRAIN_FILE, VALID_FILE, META_FILE = "train.bin", "valid.bin", "meta.json"
 
@@ -62,6 +64,10 @@ class Corpus:
     """`data.source`; for `auto`, the source that it came to be."""
     is_fallback: bool
     """Whether `auto` had to take the built-in stories."""
+    tokenizer_name: str
+    """`data.tokenizer`; for `auto`, the tokenizer that it came to be."""
+    has_fallback_tokenizer: bool
+    """Whether `auto` had to learn a vocabulary because GPT-2's was not to be had."""
     fingerprint: str
     """Hash of all tokens: equal tokens, equal fingerprint."""
     train_documents: int
@@ -80,14 +86,14 @@ def prepare_corpus(
     Args:
         config: Where the text comes from and how it becomes tokens.
         vocab_size: How many tokens the model has room for, which is also how many a learned
-            tokenizer learns. 0 takes as many as there are.
+            tokenizer learns (see `wanted_vocab_size`). 0 takes as many as there are.
         warn: Takes lines of text about what is not as asked for.
 
     Raises:
         InputError: naming the field, for a source, tokenizer or cache that cannot be used.
     """
     if config.source != "auto":
-        return prepare_source(config, vocab_size, warn)
+        return prepare_with_any_tokenizer(config, vocab_size, warn)
     try:
         return prepare_source(replace(config, source="tinystories"), vocab_size, warn)
     except HubUnreachable as error:
@@ -98,10 +104,27 @@ def prepare_corpus(
     return replace(corpus, is_fallback=True)
 
 
+def prepare_with_any_tokenizer(
+    config: DataConfig, vocab_size: int, warn: Callable[[str], None]
+) -> Corpus:
+    """Returns the corpus of a source other than `auto`, with a learned vocabulary where
+    `data.tokenizer` leaves the choice and GPT-2's does not come. See `prepare_corpus`."""
+    try:
+        return prepare_source(config, vocab_size, warn)
+    except TokenizerUnreachable as error:
+        if config.tokenizer != "auto":
+            raise
+        warn(f"WARNING: no tokenizer of GPT-2. {error}")
+        warn("Going on with a LEARNED vocabulary; --data.tokenizer takes a tokenizer.json.")
+    corpus = prepare_source(replace(config, tokenizer="learned"), vocab_size, warn)
+    return replace(corpus, has_fallback_tokenizer=True)
+
+
 def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], None]) -> Corpus:
     """Returns the corpus of a source other than `auto`. See `prepare_corpus`."""
     source = find_source(config)
     tokenizer_name = resolve_tokenizer_name(config)
+    vocab_size = wanted_vocab_size(tokenizer_name, vocab_size)
     identity = [
         CACHE_FORMAT,
         source.identity,
@@ -116,7 +139,8 @@ def prepare_source(config: DataConfig, vocab_size: int, warn: Callable[[str], No
         is_same = find_source(config).identity == source.identity
         require(is_same, f"data.source = {config.source} changed while it was read; run again")
 
-    corpus = open_corpus(cached_folder(config.cache, identity, build, warn), config.source)
+    folder = cached_folder(config.cache, identity, build, warn)
+    corpus = open_corpus(folder, config.source, tokenizer_name)
     subject, rows = f"data.source = {config.source}", vocab_size or corpus.vocab_size
     check_token_ids(subject, [corpus.max_id], corpus.tokenizer, rows)
     return corpus
@@ -161,8 +185,9 @@ def tokenize_source(
     (folder / META_FILE).write_text(json.dumps(meta))
 
 
-def open_corpus(folder: Path, name: str) -> Corpus:
-    """Returns the corpus that `tokenize_source` wrote, without reading its tokens."""
+def open_corpus(folder: Path, name: str, tokenizer_name: str) -> Corpus:
+    """Returns the corpus that `tokenize_source` wrote, by these names, without reading its
+    tokens."""
     meta = json.loads((folder / META_FILE).read_text())
     dtype, record = meta.pop("dtype"), TextRecord(**meta.pop("record"))
     special = meta.pop("special_tokens")
@@ -175,6 +200,8 @@ def open_corpus(folder: Path, name: str) -> Corpus:
         special_tokens=SpecialTokens(**special),
         name=name,
         is_fallback=False,
+        tokenizer_name=tokenizer_name,
+        has_fallback_tokenizer=False,
         record=record,
         **meta,
     )

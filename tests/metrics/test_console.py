@@ -1,5 +1,7 @@
 """What a run says of itself: the header tells what is trained on, evaluated and left out."""
 
+import re
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from config import DataConfig
-from tests.helpers.small_runs import small_run
+from tests.helpers.small_runs import FOUR_PHASES, small_run
 from transfer import FunctionDrift
 from utils.data import prepare_corpus, valid_windows
 from utils.metrics.console import phase_row, run_header, run_summary
@@ -18,27 +20,35 @@ from utils.text.sources import SEPARATOR
 
 @pytest.fixture
 def header(tmp_path):
-    """Returns the header of a run on files with so many stories each."""
+    """Returns the header of a run on files with so many stories each, as one line; each of its
+    lines, but for the table and paths, fits a terminal."""
 
-    def header(files: dict[str, int], **config) -> str:
+    def header(files: dict[str, int], steps: int = 5, **config) -> str:
         stories = builtin_stories(sum(files.values()))
         for name, count in files.items():
             path = tmp_path / "text" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(SEPARATOR.join(next(stories) for _ in range(count)))
+            encoding = "utf-16" if "utf16" in name else "utf-8"
+            path.write_text(SEPARATOR.join(next(stories) for _ in range(count)), encoding)
         source, cache = str(tmp_path / "text"), Path(tmp_path, "cache")
-        corpus = prepare_corpus(DataConfig(source, "learned", cache=cache, **config), 300)
-        run = small_run(tmp_path)
+        data = DataConfig(source, "learned", cache=cache, **config)
+        corpus = prepare_corpus(data, 300)
+        run = small_run(tmp_path, replace(FOUR_PHASES, steps_phase1=steps))
+        run = replace(run, data=data)
         windows = valid_windows(corpus, 32, eval_tokens=320, final_eval_tokens=640)
-        return run_header(run, resolve_phases(run), corpus, windows, torch.device("cpu"))
+        text = run_header(run, resolve_phases(run), corpus, windows, torch.device("cpu"))
+        lines = text.partition("\n\n")[0].splitlines()
+        assert all(len(line) <= 80 or str(tmp_path) in line for line in lines), text
+        return " ".join(text.split())
 
     return header
 
 
 def test_the_header_names_the_files_of_each_kind_and_those_left_out(header):
     text = header({"a.txt": 9, "b.txt": 9, "val.txt": 3, "test.txt": 3, "cover.png": 0})
-    assert "training text: a.txt, b.txt; validation text: val.txt\n" in text
-    assert "left out, 2: test.txt (test text), cover.png (not text)\n" in text
+    assert "text: 3 files, 21 documents, " in text
+    assert "training text: a.txt, b.txt; validation text: val.txt " in text
+    assert "left out, 2: test.txt (test text), cover.png (not text) " in text
     assert "320 tokens from 3 of the 3 validation documents each time, 640 from 3" in text
     assert "cut after" not in text
 
@@ -49,6 +59,33 @@ def test_the_header_tells_how_much_is_held_out_and_where_the_text_was_cut(header
     assert share in text and "cut after" not in text
     text = header({}, num_stories=30, valid_fraction=0.2)
     assert "cut after 24 training and 6 validation stories (data.num_stories)" in text
+
+
+def test_the_header_says_why_more_is_held_out_than_was_asked_for(header):
+    text = header({"a.txt": 1, "b.txt": 1, "c.txt": 1}, valid_fraction=0.1)
+    assert "1 of its 3 documents" in text
+    assert "(data.valid_fraction = 0.1, but documents are kept whole)" in text
+
+
+def test_the_header_of_a_single_document_and_of_another_encoding_says_so(header):
+    text = header({"utf16.txt": 1, "b.jsonl": 0}, valid_fraction=0.3)
+    assert "text: 1 file, 1 document, " in text and "validation text: the end of it" in text
+    assert "read as UTF-16, 1: utf16.txt " in text
+
+
+def test_the_header_tells_how_often_the_text_is_read_and_where_that_is_too_often(header):
+    text = header({"a.txt": 9}, steps=200)
+    tokens = {"dense": 25_600, "moe": 640, "wide": 256, "deep": 128}
+    found = re.search(r"reads the training text (\S+) times: (.*?) MORE THAN 4 TIMES: ", text)
+    assert found, text
+    passes = dict(part.split() for part in found[2].split(", "))
+    size = 25_600 / float(passes["dense"])
+    assert passes.keys() == tokens.keys()
+    assert [float(n) for n in passes.values()] == pytest.approx(
+        [count / size for count in tokens.values()], rel=0.1
+    )
+    assert float(found[1]) == pytest.approx(sum(tokens.values()) / size, rel=0.1)
+    assert "TIMES" not in header({})
 
 
 def test_the_summary_has_a_dash_for_what_a_growth_left_without_a_finite_value():

@@ -99,7 +99,7 @@ def test_a_hub_without_the_tokenizer_is_an_error_and_a_slow_one_is_not(tmp_path,
     configs = {"tokenizer": "CLOSES/gpt"} | builtin, {"tokenizer": "STALLS/gpt"} | builtin
     *failures, slow = prepare(tmp_path, hub.endpoint, *configs, {"tinystories": "late/crawls"})
     for failed in failures:
-        assert "--data.source builtin" in failed["error"] and "\n" not in failed["error"]
+        assert "--data.tokenizer learned" in failed["error"] and "\n" not in failed["error"]
         assert not failed["warnings"]
     assert not slow["is_fallback"] and slow["valid"] == join_stories(VALID)
 

@@ -54,7 +54,8 @@ def test_a_run_begins_as_the_pretrained_model_and_its_last_phase_can_be_exported
     run, llama, tmp_path, capsys
 ):
     main(run)
-    assert f"start   {llama}, with its own tokenizer" in capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"start {llama}, with its own tokenizer" in output
     first = load_checkpoint(run.out / "first_final.pt")
     with torch.no_grad():
         logits = first.state.model()(random_tokens(32)).logits

@@ -16,17 +16,25 @@ from utils.optim.cuda_graph import wants_cuda_graph
 from utils.runtime.device import device_name, training_dtype
 from utils.runtime.formatting import (
     TableRows,
+    count_noun,
     format_architecture,
+    format_count,
     format_duration,
     format_number,
     format_params,
     format_table,
     list_some,
+    wrap_text,
 )
 from utils.schedule.memory import phase_memory_gb
 from utils.schedule.phases import ResolvedPhase
 
 LONG_RUN_S = 3600.0
+NOTABLE_EXCESS = 1.5
+"""How many times `data.valid_fraction` of the text may be held out without a word."""
+USEFUL_PASSES = 4
+"""How often text can be read again before it teaches much less than new text would
+(arXiv:2305.16264)."""
 NOTABLE_RISE = 0.02
 """Nats above the loss before a growth that are worth a word."""
 
@@ -40,19 +48,18 @@ def run_header(
 ) -> str:
     """Returns what will run: the text and what is evaluated of it, the device, and a line per phase
     with its model, its length and the memory it is expected to need."""
-    train, valid = format_number(len(corpus.train)), format_number(len(corpus.valid))
-    name = "BUILT-IN STORIES (no hub)" if corpus.is_fallback else corpus.name
-    start = [f"start   {run.init_from}, with its own tokenizer"] if run.init_from else []
-    lines = [
+    start = [("start", f"{run.init_from}, with its own tokenizer")] if run.init_from else []
+    items = [
         *start,
-        f"data    {name}, {train} training and {valid} validation tokens, "
-        f"vocabulary {corpus.vocab_size:,}",
-        *(f"        {line}" for line in text_lines(corpus)),
-        f"eval    {evaluation_line(valid_windows, corpus)}",
-        f"device  {device_name(device)}, {step_description(run, phases, device)}",
-        f"output  {run.out}, seed {run.seed}",
-        "",
+        ("data", size_line(corpus)),
+        ("", tokenizer_line(corpus)),
+        *(("", line) for line in text_lines(corpus, run.data.valid_fraction)),
+        *(("", line) for line in passes_lines(phases, len(corpus.train))),
+        ("eval", evaluation_line(valid_windows, corpus)),
+        ("device", f"{device_name(device)}, {step_description(run, phases, device)}"),
+        ("output", f"{run.out}, seed {run.seed}"),
     ]
+    lines = [*(line for label, text in items for line in wrap_text(text, label)), ""]
     rows: TableRows = [
         ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
     ]
@@ -60,7 +67,26 @@ def run_header(
     return "\n".join([*lines, *format_table(rows), ""])
 
 
-def text_lines(corpus: Corpus) -> list[str]:
+def size_line(corpus: Corpus) -> str:
+    """Returns which text is read and how much of it there is, as a line."""
+    name = "BUILT-IN STORIES (no hub)" if corpus.is_fallback else corpus.name
+    files = len(corpus.record.train + corpus.record.valid)
+    is_path = corpus.name not in ("builtin", "tinystories") and not corpus.name.startswith("hub:")
+    counts = [count_noun(files, "file")] if is_path else []
+    documents = corpus.train_documents + corpus.valid_documents - corpus.record.splits_document
+    counts.append(count_noun(documents, "document"))
+    train, valid = format_number(len(corpus.train)), format_number(len(corpus.valid))
+    return f"{name}: {', '.join(counts)}, {train} training and {valid} validation tokens"
+
+
+def tokenizer_line(corpus: Corpus) -> str:
+    """Returns which tokenizer there is, as a line."""
+    if corpus.has_fallback_tokenizer:
+        return f"LEARNED VOCABULARY (no hub), {corpus.vocab_size:,} tokens in place of gpt2's"
+    return f"vocabulary of {corpus.vocab_size:,} tokens: {corpus.tokenizer_name}"
+
+
+def text_lines(corpus: Corpus, valid_fraction: float) -> list[str]:
     """Returns what the text is made of, and what of it is missing, as lines."""
     record, valid = corpus.record, corpus.valid_documents
     share = len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
@@ -71,14 +97,36 @@ def text_lines(corpus: Corpus) -> list[str]:
     else:
         documents = corpus.train_documents + valid
         held_out = f"{valid:,} of its {documents:,} documents, {share:.1%} of the tokens"
+        if share > NOTABLE_EXCESS * valid_fraction:
+            held_out += f" (data.valid_fraction = {valid_fraction:g}, but documents are kept whole)"
     lines = [f"training text: {list_some(record.train)}; validation text: {held_out}"]
     if record.left_out:
         lines.append(f"left out, {len(record.left_out):,}: {list_some(record.left_out)}")
+    for encoding in sorted(set(record.encodings.values())):
+        files = [file for file, name in record.encodings.items() if name == encoding]
+        lines.append(f"read as {encoding}, {len(files):,}: {list_some(files)}")
     if rows := sum(record.null_rows.values()):
         lines.append(f"left out, {rows:,} rows without a text")
     if record.is_cut:
         counts = f"{corpus.train_documents:,} training and {valid:,} validation stories"
         lines.append(f"cut after {counts} (data.num_stories): there are more")
+    return lines
+
+
+def passes_lines(phases: list[ResolvedPhase], train_tokens: int) -> list[str]:
+    """Returns how often a run reads its training text, all of it and by the phases that are left,
+    and a word where that is too often, as lines."""
+    last = phases[-1]
+    passes = last.tokens_at(last.steps) / train_tokens
+    left = [phase for phase in phases if not phase.is_done]
+    parts = (f"{phase.name} {format_count(phase.tokens / train_tokens)}" for phase in left)
+    by_phase = f": {', '.join(parts)}" if len(phases) > 1 else ""
+    lines = [f"the run reads the training text {format_count(passes)} times{by_phase}"]
+    if passes > USEFUL_PASSES:
+        lines.append(
+            f"MORE THAN {USEFUL_PASSES} TIMES: the model comes to know the text by heart; more "
+            "text, or shorter phases, serve it better"
+        )
     return lines
 
 

@@ -1,10 +1,13 @@
 """Numbers, times, models and tables as people read them."""
 
+import textwrap
 from collections.abc import Iterable
 
 from config import ModelConfig
 
 TableRows = list[tuple[str, ...]]
+WIDTH, LABEL_WIDTH = 80, 8
+"""Characters of a line, and of the label in front of it."""
 
 
 def format_number(number: float) -> str:
@@ -13,6 +16,26 @@ def format_number(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def format_count(number: float) -> str:
+    """Returns how many times something is done, with two digits or more: `0.016`, `3.4`, `120`."""
+    return f"{number:,.0f}" if number >= 9.95 else f"{number:.2g}"
+
+
+def count_noun(number: int, noun: str) -> str:
+    """Returns a number of things: `1 file`, `1,204 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def wrap_text(text: str, label: str = "") -> list[str]:
+    """Returns a text as lines of WIDTH characters, `label` in front of the first. Words that are
+    longer, such as paths, stay whole."""
+    first, others = f"{label:<{LABEL_WIDTH}}", " " * LABEL_WIDTH
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=others,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def list_some(names: Iterable[object], count: int = 4) -> str:

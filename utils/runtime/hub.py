@@ -24,11 +24,11 @@ HUB_REVISIONS = {
 """Commits of what runs are compared on. Anything else is taken as it is on the day."""
 ROWS_PER_FETCH = 64
 OFFLINE_HINT = "HF_HUB_OFFLINE=1 with a warm cache, or another HF_ENDPOINT"
-DATA_HINT = (
-    "try --data.source builtin, --data.source PATH with a --data.tokenizer of your own, "
-    + OFFLINE_HINT
+DATA_HINT = f"try --data.source builtin, --data.source PATH (your own text), {OFFLINE_HINT}"
+TOKENIZER_HINT = (
+    "try --data.tokenizer learned (a vocabulary of the text's own, no download), the path of a "
+    f"tokenizer.json, {OFFLINE_HINT}"
 )
-
 LOG_IN = "log in (`hf auth login`, or set HF_TOKEN)"
 
 
@@ -108,7 +108,7 @@ def fetch_rows(name: str, rows: Iterable[dict], num_read: Counter[str]) -> Itera
 
 
 def fetch_hub_file(
-    repo: str, name: str, field: str = "data.tokenizer", hint: str = DATA_HINT
+    repo: str, name: str, field: str = "data.tokenizer", hint: str = TOKENIZER_HINT
 ) -> Path:
     """Returns the path of a file of a model on the hub, from the clients' cache if it is there and
     intact.
@@ -152,7 +152,7 @@ def fetch_hub_file(
 
 
 def fetch_optional_hub_file(
-    repo: str, name: str, field: str = "data.tokenizer", hint: str = DATA_HINT
+    repo: str, name: str, field: str = "data.tokenizer", hint: str = TOKENIZER_HINT
 ) -> Path | None:
     """Returns the path of a file of a model on the hub, as `fetch_hub_file` does; None where it has
     no such file or, with HF_HUB_OFFLINE, the cache has none."""

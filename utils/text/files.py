@@ -107,6 +107,15 @@ def detect_encoding(path: Path) -> str:
     return encoding
 
 
+def encoding_name(path: Path) -> str:
+    """Returns how a text file is encoded, UTF-8 or UTF-16; UTF-8 for parquet. Raises InputError as
+    `open_text` does."""
+    if split_name(path.name)[1] == ".parquet":
+        return "UTF-8"
+    with explain_damage(path):
+        return "UTF-8" if detect_encoding(path).startswith("utf-8") else "UTF-16"
+
+
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[str]]:
     """Opens a text file, with line breaks as "\\n".
@@ -150,9 +159,8 @@ def describe_undecodable(path: Path, encoding: str) -> str:
         # `object` holds, before the block, what was left of the one before.
         offset += len(block) - len(error.object) + error.start
         line += error.object[: error.start].decode(encoding, "ignore").count("\n")
-        name = "UTF-8" if encoding.startswith("utf-8") else "UTF-16"
         return (
-            f"data.source: {path} is not {name}: line {line}, byte offset {offset} "
+            f"data.source: {path} is not {encoding_name(path)}: line {line}, byte offset {offset} "
             f"(0x{error.object[error.start]:02x}, {error.reason})"
         )
     return f"data.source: {path} changed while it was read; run again"

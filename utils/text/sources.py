@@ -22,6 +22,7 @@ from utils.text.builtin import stories, story_templates, words
 from utils.text.files import (
     PLAIN_KINDS,
     READABLE,
+    encoding_name,
     file_text_field,
     find_files,
     read_blocks,
@@ -59,6 +60,8 @@ class TextRecord:
     """What is kept apart for validation; empty where that is taken from the training text."""
     left_out: list[str] = field(default_factory=list)
     """What is not read, each with the reason in brackets."""
+    encodings: dict[str, str] = field(default_factory=dict)
+    """How files of text are encoded that are not in UTF-8."""
     null_rows: dict[str, int] = field(default_factory=dict)
     """Rows without a text that were left out, by file or split, once it has been read."""
     is_cut: bool = False
@@ -243,6 +246,8 @@ def path_splits(
     if not train:
         raise errors[0]
     record.train, record.valid = list(map(str, train)), list(map(str, valid))
+    encodings = {str(file): encoding_name(folder / file) for file in train + valid}
+    record.encodings = {file: name for file, name in encodings.items() if name != "UTF-8"}
     unread = [file for file in kinds[TRAIN] + kinds[VALID] if file not in train + valid]
     record.left_out = [*left_out, *(f"{file} (no text field)" for file in unread)]
 

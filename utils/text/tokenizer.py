@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from config import DataConfig, InputError, require
+from config import DataConfig, InputError, ModelConfig, require
 from utils.runtime import hub
 from utils.runtime.atomic_io import ADD_CHECKSUM, load_tensors
 from utils.runtime.threads import call_interruptibly
@@ -31,11 +31,22 @@ A multiple of 3 and 4, so that few characters of any script are cut."""
 TOKENIZER_JSON, SENTENCEPIECE_MODEL = "tokenizer.json", "tokenizer.model"
 
 
+class TokenizerUnreachable(hub.HubUnreachable):
+    """The hub did not deliver a tokenizer, though the text is to be had."""
+
+
 def resolve_tokenizer_name(config: DataConfig) -> str:
     """Returns `learned`, or the folder or name on the hub that `data.tokenizer` stands for."""
     if config.tokenizer == "auto":
         return "learned" if config.source == "builtin" else hub.GPT2
     return hub.GPT2 if config.tokenizer == "gpt2" else config.tokenizer
+
+
+def wanted_vocab_size(name: str, vocab_size: int) -> int:
+    """Returns how many tokens a model with this tokenizer is to have room for; 0 for as many as it
+    has. The default of `model.vocab_size` is GPT-2's number, which asks nothing of a learned one.
+    """
+    return 0 if name == "learned" and vocab_size == ModelConfig.vocab_size else vocab_size
 
 
 def tokenizer_identity(name: str, vocab_size: int) -> list:
@@ -105,7 +116,7 @@ def load_tokenizer(
     Raises:
         InputError: for a tokenizer that is not there, is damaged or has no end-of-text token, and
             for a `vocab_size` that not every byte fits into.
-        HubUnreachable: if the hub does not deliver it.
+        TokenizerUnreachable: if the hub does not deliver it.
     """
     if name == "learned":
         require(not eos_token, f"data.eos_token = {eos_token}: a learned tokenizer has its own")
@@ -117,7 +128,10 @@ def load_tokenizer(
             f"{vocab_size} has room for",
         )
         return tokenizer, SpecialTokens((0,))  # special tokens come first
-    return read_tokenizer(name, eos_token)
+    try:
+        return read_tokenizer(name, eos_token)
+    except hub.HubUnreachable as error:
+        raise TokenizerUnreachable(str(error)) from error
 
 
 def read_tokenizer(name: str, eos_token: str = "") -> tuple[Tokenizer, SpecialTokens]:
