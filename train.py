@@ -18,16 +18,23 @@ from utils.runtime.cli import parse_run, run_command
 def main(run: Run) -> None:
     """Trains every phase of a run, or those that are left of it."""
     from utils.checkpoint.run_dir import is_finished  # torch takes a second: first the options
-    from utils.training.context import announce_run, check_run, finish_run, open_run, prepare_run
+    from utils.training.context import (
+        announce_dry_run,
+        announce_run,
+        check_run,
+        finish_run,
+        open_run,
+        prepare_run,
+    )
     from utils.training.phase import grow_and_verify, save_phase, train_phase
 
     init_source = check_run(run)  # every setting, before any work
-    if run.resume and not run.dry_run and is_finished(run.out):
+    if run.resume and is_finished(run.out):
         return finish_run(init_source)
     setup = prepare_run(init_source)  # the tokens, and what follows from them
-    announce_run(setup)
     if run.dry_run:
-        return None
+        return announce_dry_run(setup)
+    announce_run(setup)
     with open_run(setup) as context:  # the folder's lock, the history, the last resume point
         state, progress = context.start()
         for phase in context.phases_from(progress):

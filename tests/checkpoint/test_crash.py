@@ -113,7 +113,7 @@ def kill_at_random(start_run, run, undisturbed, chance, times):
     activities = Counter()
     for _ in range(times):
         timer = undisturbed.cpu_seconds * chance.uniform(0.02, 0.25), signal.SIGPROF
-        code = wait_for_exit(start_run(replace(run, resume=True), timer=timer))
+        code = wait_for_exit(start_run(replace(run, resume=run.out.exists()), timer=timer))
         assert code in (0, -signal.SIGPROF)
         if code:
             activities[last_activity(run)] += 1
@@ -160,7 +160,7 @@ def test_a_run_that_signals_stop_at_random_moments_goes_on(seed, start_run, run,
     chance, codes = random.Random(seed), []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
         timer = undisturbed.cpu_seconds * chance.uniform(0.02, 0.25), number
-        code = wait_for_exit(start_run(replace(run, resume=True), timer=timer))
+        code = wait_for_exit(start_run(replace(run, resume=run.out.exists()), timer=timer))
         codes.append(code)
         assert code in (0, 128 + number)
     assert codes[0] == 128 + signal.SIGTERM

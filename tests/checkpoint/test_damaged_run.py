@@ -115,7 +115,7 @@ def test_checkpoints_without_a_point_are_refused_and_not_started_over(killed, st
     run, *points = killed
     for path in points:
         path.unlink()
-    phrases = "dense_model.pt, moe_model_init.pt but no resume", "nothing to resume"
+    phrases = "it holds dense_model.pt, moe_model_init.pt but no resume point", "nothing to resume"
     assert_refused(replace(run, resume=True), start_run, *phrases)
 
 

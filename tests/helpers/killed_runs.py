@@ -183,7 +183,7 @@ def read_outcome(run: Run) -> Outcome:
 
 def finish_and_compare(start_run: StartRun, run: Run, undisturbed: Outcome) -> None:
     """Goes on with what is left of a run, and asserts that it ends as if nobody had stopped it."""
-    assert wait_for_exit(start_run(replace(run, resume=True))) == 0
+    assert wait_for_exit(start_run(replace(run, resume=run.out.exists()))) == 0
     outcome = read_outcome(run)
     assert outcome.checkpoints.keys() == undisturbed.checkpoints.keys()
     for name, content in outcome.checkpoints.items():

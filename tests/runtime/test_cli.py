@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -214,6 +214,20 @@ def test_a_dry_run_shows_every_phase_and_writes_nothing(train, tmp_path):
     code, output, _ = train("--dry-run")
     assert code == 0 and not (tmp_path / "run").exists()
     assert all(phase in output for phase in ("1 dense", "2 moe", "3 wide", "4 deep"))
+    line = f"dry run: this run would start; nothing was written into {tmp_path}/run\n"
+    assert output.endswith(line)
+
+
+def test_a_dry_run_of_what_would_not_start_shows_the_plan_and_exits_with_2(train, tmp_path):
+    code, output, error = train("--dry-run --model.d-ff 4000000")
+    assert code == 2 and "4 deep" in output and "dry run" not in output
+    assert re.match(r"error: this run would not start: phase 4 \(deep\) needs about ", error)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dense_model.pt").write_bytes(b"")
+    code, output, error = train("--dry-run")
+    assert code == 2 and "4 deep" in output and "holds dense_model.pt: --overwrite" in error
+    code, output, _ = train("--dry-run --overwrite")
+    assert code == 0 and "would start" in output
 
 
 @pytest.mark.parametrize("last, kind", [("end", "a finished run"), ("step", "an unfinished run")])
@@ -221,14 +235,13 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path)
     path = tmp_path / "run" / HISTORY_FILE
     path.parent.mkdir()
     with History(path) as history:
-        history("run", config={"model": {"seq_len": 128}, "data": {"source": "builtin"}})
+        history("run", config=asdict(tiny()), corpus="builtin", fallback=False, phases=["deep"])
         history("checkpoint", path="last.pt")
         history(last)
     before = path.read_bytes(), path.stat().st_mtime_ns
     code, _, error = train("")
     assert code == 2 and kind in error and "--overwrite" in error
-    further = f"train.py single --init-from {tmp_path}/run/last.pt --out NEW_FOLDER "
-    further += "--model.seq-len 128 --data.source builtin trains its model further"
+    further = f"python train.py single --init-from {tmp_path}/run/last.pt --out {tmp_path}/run-more"
     assert (further in error) == (kind == "a finished run")
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
     assert list(path.parent.iterdir()) == [path]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from config import ModelConfig
 from tests.helpers.fake_hub import (
     TEXTS,
     TRAIN,
@@ -14,6 +15,7 @@ from tests.helpers.fake_hub import (
     run_with_hub,
     serve_hub,
 )
+from utils.text.sources import SEPARATOR
 from utils.text.tokenizer import learn_tokenizer
 
 pytest.importorskip("datasets")
@@ -36,14 +38,16 @@ from pathlib import Path
 from config import DataConfig, InputError
 from utils.data import prepare_corpus
 
-def prepare(**options):
-    warnings = []
+def prepare(vocab_size=0, **options):
+    config, warnings = DataConfig(cache=Path(sys.argv[1]), **options), []
     try:
-        corpus = prepare_corpus(DataConfig(cache=Path(sys.argv[1]), **options), 0, warnings.append)
+        corpus = prepare_corpus(config, vocab_size, warnings.append)
         result = {
             "train": corpus.tokenizer.decode(corpus.train, skip_special_tokens=False),
             "valid": corpus.tokenizer.decode(corpus.valid, skip_special_tokens=False),
             "name": corpus.name, "is_fallback": corpus.is_fallback,
+            "tokenizer": corpus.tokenizer_name, "vocab_size": corpus.vocab_size,
+            "has_fallback_tokenizer": corpus.has_fallback_tokenizer,
             "fingerprint": corpus.fingerprint, "record": asdict(corpus.record),
         }
     except InputError as error:
@@ -206,6 +210,99 @@ def test_auto_falls_back_loudly_and_takes_tinystories_once_it_can(tmp_path):
 
     with serve_hub(repositories()) as hub:
         assert not prepare(tmp_path, hub.endpoint, num_stories=50)["is_fallback"]
+
+
+def test_own_text_without_a_hub_falls_back_to_a_learned_vocabulary_loudly(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text(SEPARATOR.join(TEXTS))
+    own, gpt2 = {"source": str(file)}, ModelConfig.vocab_size
+    configs = own, own | {"vocab_size": gpt2}, own | {"vocab_size": 300}
+    with serve_hub({}, is_broken=True) as hub:
+        *results, asked = prepare_each(
+            tmp_path, hub.endpoint, *configs, own | {"tokenizer": "gpt2"}
+        )
+    for result in results:
+        assert result["tokenizer"] == "learned" and result["has_fallback_tokenizer"]
+        assert "no tokenizer of GPT-2" in result["warnings"][0]
+        assert "LEARNED" in result["warnings"][1] and not result["is_fallback"]
+    free, default, few = (result["vocab_size"] for result in results)
+    assert free == default > few == 300, "the default of model.vocab_size is GPT-2's number"
+    assert "--data.tokenizer learned" in asked["error"] and not asked["warnings"]
+
+    with serve_hub(repositories()) as hub:
+        again = prepare(tmp_path, hub.endpoint, **own)
+    assert again["tokenizer"] == "openai-community/gpt2" and not again["has_fallback_tokenizer"]
+
+
+RESUME = """
+import contextlib, io, json, os, sys
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+from tests.helpers.fake_hub import serve_hub
+from tests.helpers.small_runs import TRAINING, small_run
+
+folder, text = Path(sys.argv[1]), sys.argv[2]
+
+def start_and_resume(hub, name, is_online, source):
+    run, phases = small_run(folder, TRAINING), {"only": Phase(steps=2, batch_size=2)}
+    data = replace(run.data, source=source)
+    model = replace(run.model, vocab_size=ModelConfig.vocab_size)
+    run = replace(run, out=folder / name, data=data, model=model, phases=phases)
+    outputs = []
+    for resume in (False, True):
+        hub.is_broken = is_online == resume
+        if resume:  # tokens are made anew
+            run = replace(run, data=replace(data, cache=folder / f"{name}-cache"), resume=True)
+        stop = None if resume else KeyboardInterrupt  # once a point is kept
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.suppress(KeyboardInterrupt):
+            with patch("utils.training.phase.sample_stories", side_effect=stop, return_value=[]):
+                main(run)
+        outputs.append(" ".join(output.getvalue().split()))
+    events = read_history(run.out / HISTORY_FILE)
+    fields = "corpus", "fallback", "tokenizer", "tokenizer_fallback"
+    return {field: events[0][field] for field in fields} | {
+        "vocab_size": events[0]["config"]["model"]["vocab_size"],
+        "outputs": outputs, "ended": events[-1]["event"],
+    }
+
+with serve_hub({}) as hub:
+    os.environ["HF_ENDPOINT"] = hub.endpoint  # which the clients read when they are imported
+    from config import ModelConfig, Phase
+    from tests.runtime.test_hub import repositories
+    from train import main
+    from utils.metrics.history import HISTORY_FILE, read_history
+    hub.files = repositories()
+    results = {
+        "own, offline": start_and_resume(hub, "a", False, text),
+        "own, online": start_and_resume(hub, "b", True, text),
+        "auto, offline": start_and_resume(hub, "c", False, "auto"),
+    }
+print(json.dumps(results))
+"""
+
+
+def test_a_resumed_run_keeps_what_auto_came_to_be_whatever_has_become_of_the_hub(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text(SEPARATOR.join(TEXTS))
+    results = run_with_hub(RESUME, tmp_path, "", [str(tmp_path), str(file)], offline=False)
+    assert [result.pop("ended") for result in results.values()] == ["end"] * 3
+    outputs = {name: result.pop("outputs") for name, result in results.items()}
+    own = {"corpus": str(file), "fallback": False}
+    gpt2 = {"tokenizer": "openai-community/gpt2", "vocab_size": ModelConfig.vocab_size}
+    learned = {"tokenizer": "learned", "vocab_size": results["own, offline"]["vocab_size"]}
+    assert learned["vocab_size"] < 2049
+    assert results["own, offline"] == own | learned | {"tokenizer_fallback": True}
+    assert results["own, online"] == own | gpt2 | {"tokenizer_fallback": False}
+    builtin = results["auto, offline"]
+    assert (builtin["corpus"], builtin["fallback"], builtin["tokenizer"]) == (
+        "builtin", True, "learned"
+    )  # fmt: skip
+    for name, loud in (("own, offline", "LEARNED VOCABULARY"), ("auto, offline", "BUILT-IN STOR")):
+        assert all(output.count(loud) == 1 for output in outputs[name])
+        assert "WARNING" in outputs[name][0] and "WARNING" not in outputs[name][1]
+    assert not any("LEARNED" in output for output in outputs["own, online"])
 
 
 def test_without_a_hub_tinystories_is_an_error_that_names_the_ways_out(tmp_path):

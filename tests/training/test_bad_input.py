@@ -61,6 +61,9 @@ COMMANDS = {
     ),
     "--seed -1": "seed = -1 must be a whole number, at least 0",
     "--resume --overwrite": "resume goes on with what overwrite would remove",
+    "--resume": "nothing to resume in out: there is no such folder; --out FOLDER says where",
+    "--resume --dry-run": "nothing to resume in out: there is no such folder",
+    "--resume --out FOLDER": "nothing to resume in FOLDER: it holds no run",
 }
 SCHEDULES = {
     "the same checkpoint twice": (

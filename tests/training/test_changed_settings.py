@@ -256,7 +256,8 @@ def test_a_finished_run_says_what_another_command_has_otherwise(parse, base_run,
         code, output, error = capture_command(lambda f=flags: main(parse(f"--resume {f}")), capsys)
         assert code == 2 and "holds a finished run, which cannot go on as another" in error
         assert difference in error and "valid loss" not in output
-        assert f"single --init-from {tmp_path}/run/large_moe_final.pt --out NEW_FOLDER" in error
+        command = f"python train.py single --init-from {tmp_path}/run/large_moe_final.pt"
+        assert f"{command} --out {tmp_path}/run-more" in error
     code, output, _ = capture_command(lambda: main(parse("--resume --data.cache other")), capsys)
     assert code == 0 and "valid loss" in output
     assert snapshot_folder(tmp_path / "run") == before

@@ -27,7 +27,8 @@ from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, select_
 
 SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
 FIELDS = {
-    "run": "config seed corpus fallback fingerprint init_fingerprint train_sources valid_sources "
+    "run": "config seed corpus fallback tokenizer tokenizer_fallback fingerprint init_fingerprint "
+    "train_sources valid_sources "
     "left_out null_rows is_cut train_documents valid_documents train_tokens valid_tokens "
     "eval_tokens eval_bytes eval_documents "
     "final_eval_tokens final_eval_bytes final_eval_documents "

@@ -360,7 +360,6 @@ def resume_or_clear(
     Raises:
         InputError: if the run is to be resumed and cannot be.
     """
-    files = [name for phase in phases for name in phase.checkpoint_files]
     if run.resume:
         if point := latest_point(run.out, fingerprint, tqdm.write, phases):
             progress = point.progress
@@ -369,11 +368,8 @@ def resume_or_clear(
             require(length >= progress.history_bytes, f"{history} is shorter than it was")
             tqdm.write(f"going on at phase {progress.phase}, step {progress.step}")
             return point
-        left = [name for name in files if (run.out / name).exists()]
-        require(
-            not left,
-            f"{run.out} holds {', '.join(left)} but no {RESUME_FOLDER}: nothing to resume",
-        )
+        tqdm.write("no point to resume from was kept yet: the run begins anew")
+    files = [name for phase in phases for name in phase.checkpoint_files]
     own = [HISTORY_FILE, PLOT_FILE, *files]
     for path in [*resume_points(run.out), *(run.out / name for name in own)]:
         path.unlink(missing_ok=True)

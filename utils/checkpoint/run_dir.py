@@ -1,13 +1,19 @@
 """The folder that a run writes: whether it may be written, by which process, how to go on there,
 and the versions of the code that writes it."""
 
+import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy
 import tokenizers
@@ -15,33 +21,81 @@ import torch
 from filelock import Timeout
 from tqdm import tqdm
 
-from config import InputError, Run, require
-from utils.checkpoint.resume import KEPT_POINTS, RESUME_FOLDER, resume_points
+from config import SCHEDULE_FIELDS, InputError, Run, require, single
+from utils.checkpoint.resume import (
+    ADJUSTABLE,
+    KEPT_POINTS,
+    RESUME_FOLDER,
+    SettingChange,
+    flatten_settings,
+    resume_points,
+)
 from utils.metrics.history import HISTORY_FILE, read_history, run_record, select_events
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.file_lock import acquire_lock
+from utils.runtime.formatting import list_some
 from utils.runtime.signals import Stopped
 from utils.schedule.phases import ResolvedPhase
 
+PASSED_ON = ("data.", "device", "model.seq_len", "precision", "tracker", "training.")
+HUB_FIELDS = ("data.config", "data.split", "data.valid_split")
+NOT_PASSED_ON = (
+    "data.tokenizer", "data.eos_token", *(f"training.{field}" for field in SCHEDULE_FIELDS),
+)  # fmt: skip
+"""Settings that who trains a finished run's model further should keep, by the start of their names,
+and those among them that come with the model or that a schedule of its own has no use for."""
+LAST_PHASE = "training.{}_phase4"
+"""Settings of the default schedule's last phase."""
 
-def check_run_dir(run: Run, files: list[str]) -> None:
-    """Raises InputError where `out` cannot be a folder, or holds what must not be lost: a run, or
-    one of the `files` that this run would write."""
-    out = run.out
-    folder = existing_ancestor(out)
+
+def check_run_dir(run: Run, phases: list[ResolvedPhase]) -> None:
+    """Raises InputError where `out` cannot be a folder, where it holds what must not be lost, a run
+    or a checkpoint that one of the `phases` would write, and where it holds no run to resume."""
+    out, folder = run.out, existing_ancestor(run.out)
+    files = [name for phase in phases for name in phase.checkpoint_files]
     require(folder.is_dir(), f"out = {out}: {folder} is a file")
     require(os.access(folder, os.W_OK | os.X_OK), f"out = {out}: {folder} cannot be written")
     present = [name for name in (HISTORY_FILE, *files) if (out / name).exists()]
-    if present and not (run.overwrite or run.resume):
+    if run.resume:
+        check_resumable(out, [name for name in present if name != HISTORY_FILE])
+    elif present and not run.overwrite:
         kind = "a finished run" if is_finished(out) else "an unfinished run"
         kind = kind if HISTORY_FILE in present else ", ".join(present)
         resume = "--resume goes on with it, " if kind == "an unfinished run" else ""
-        further = f", {how_to_train_further(out)}" if kind == "a finished run" else ""
+        command = how_to_train_further(out) if kind == "a finished run" else ""
+        further = f", and this trains its model further: {command}" if command else ""
         raise InputError(
             f"out = {out} holds {kind}: {resume}--overwrite replaces it, "
             f"--out FOLDER goes elsewhere{further}"
         )
+
+
+def check_resumable(out: Path, checkpoints: list[str]) -> None:
+    """Raises InputError where `out`, which holds these checkpoints, holds no run that has ended or
+    can go on. One that had kept no point and saved no model yet begins anew."""
+    if is_finished(out) or resume_points(out):
+        return
+    nothing = f"nothing to resume in {out}"
+    require(
+        not checkpoints,
+        f"{nothing}: it holds {', '.join(checkpoints)} but no resume point; --overwrite begins "
+        "anew",
+    )
+    if not (out / HISTORY_FILE).exists() and not (out / RESUME_FOLDER).is_dir():
+        reason = "it holds no run" if out.is_dir() else "there is no such folder"
+        raise InputError(f"{nothing}: {reason}; {suggest_run(out)}")
+
+
+def suggest_run(out: Path) -> str:
+    """Returns where the run is that was probably meant instead of `out`: in a folder within it, or
+    in one beside it with a similar name."""
+    inside = sorted(path.parent for path in out.glob(f"*/{HISTORY_FILE}"))
+    beside = {path.parent.name: path.parent for path in out.parent.glob(f"*/{HISTORY_FILE}")}
+    near = [beside[name] for name in get_close_matches(out.name, beside, n=1)]
+    if inside:
+        return f"there are runs in {list_some(inside)}"
+    return f"perhaps you meant --out {near[0]}" if near else "--out FOLDER says where the run is"
 
 
 def is_finished(out: Path) -> bool:
@@ -92,22 +146,59 @@ def explain_how_to_resume(out: Path) -> Iterator[None]:
 
 def how_to_resume(out: Path) -> str:
     """Returns one phrase that says how to go on with the run in `out`."""
+    if is_finished(out):
+        return "all is trained: the same command with --resume goes on to its curves and summary"
     points = resume_points(out)
     if not points:
         return "nothing was kept yet: run the same command with --overwrite"
     return f"{points[-1]} is kept: the same command with --resume goes on from there"
 
 
-def how_to_train_further(out: Path) -> str:
-    """Returns one phrase that says how to train the model of the finished run in `out` further."""
+def how_to_train_further(out: Path, changes: Sequence[SettingChange] = ()) -> str:
+    """Returns the command that trains the model of the finished run in `out` further: in a new
+    folder, on the same text, as its last phase was trained but for `changes`. It takes the steps
+    that they add to that phase or, if they add none, as many as the phase had."""
     events = read_history(out / HISTORY_FILE)
     *_, last = select_events(events, "checkpoint")
-    config, default = run_record(events)["config"], Run()
-    context, source = config["model"]["seq_len"], config["data"]["source"]
-    command = f"train.py single --init-from {out / last['path']} --out NEW_FOLDER"
-    command += f" --model.seq-len {context}" if context != default.model.seq_len else ""
-    command += f" --data.source {source}" if source != default.data.source else ""
-    return f"{command} trains its model further"
+    record = run_record(events)
+    before: dict[str, Any] = flatten_settings(record["config"]) | {"data.source": record["corpus"]}
+    before |= {event["setting"]: event["new"] for event in select_events(events, "change")}
+    after = before | {c.name: c.new for c in changes if ADJUSTABLE.fullmatch(c.name)}
+    phase = f"phases.{record['phases'][-1]}.{{}}" if record["config"]["phases"] else LAST_PHASE
+    steps = before[phase.format("steps")]
+    added = after[phase.format("steps")] - steps
+    default = flatten_settings(json.loads(json.dumps(asdict(single()), default=os.fspath)))
+    without_use = HUB_FIELDS if record["fallback"] else ()
+    options = {
+        "phases.single.steps": added if added > 0 else steps,
+        "phases.single.lr": after[phase.format("lr")],
+        "phases.single.batch_size": after[phase.format("batch_size")],
+    } | {
+        name: value
+        for name, value in after.items()
+        if name.startswith(PASSED_ON)
+        and not name.startswith(NOT_PASSED_ON + without_use)
+        and value != default[name]
+    }
+    flags = [flag for name, value in options.items() for flag in format_option(name, value)]
+    command = ["python", "train.py", "single", "--init-from", str(out / last["path"])]
+    return shlex.join([*command, "--out", str(new_folder(out)), *flags])
+
+
+def format_option(name: str, value: object) -> list[str]:
+    """Returns the arguments that set the field of a dotted name."""
+    section, _, field = name.replace("_", "-").rpartition(".")
+    start = f"--{section}." if section else "--"
+    if isinstance(value, bool):
+        return [f"{start}{'' if value else 'no-'}{field}"]
+    return [f"{start}{field}", str(value)]
+
+
+def new_folder(out: Path) -> Path:
+    """Returns a folder beside `out` that is not there yet."""
+    path = out if out.name.strip(".") else out.resolve()
+    paths = (path.with_name(f"{path.name}-more{number or ''}") for number in count())
+    return next(path for path in paths if not path.exists())
 
 
 def existing_ancestor(path: Path) -> Path:

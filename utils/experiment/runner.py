@@ -41,7 +41,7 @@ def run_experiment(experiment: Experiment) -> None:
         RunStopped: if a run cannot go on.
     """
     # Nothing that a run writes is written into `out` itself, so that it may hold another run.
-    setup = prepare_run(check_run(replace(experiment.base_run(), dry_run=True)))
+    setup = prepare_run(check_run(replace(experiment.base_run(), resume=False, dry_run=True)))
     check_memory(setup.phases, setup.run, setup.device)
     run = replace(experiment.run, model=setup.run.model, data=setup.run.data)
     experiment = replace(experiment, run=run)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Run, require
+from config import InputError, Run, require
 from transfer import TrainState
 from utils.checkpoint.resume import (
     ResumeCheckpointer,
@@ -18,6 +18,7 @@ from utils.checkpoint.resume import (
     TrainingProgress,
     flatten_settings,
     lasting_settings,
+    latest_point,
     recorded_settings,
     remove_resume_points,
     resume_or_clear,
@@ -64,6 +65,7 @@ from utils.schedule.phases import (
     flops_per_token,
     resolve_phases,
 )
+from utils.text.tokenizer import wanted_vocab_size
 from utils.training.init_from import InitSource
 
 
@@ -183,6 +185,8 @@ class RunContext:
             seed=run.seed,
             corpus=corpus.name,
             fallback=corpus.is_fallback,
+            tokenizer=corpus.tokenizer_name,
+            tokenizer_fallback=corpus.has_fallback_tokenizer,
             fingerprint=corpus.fingerprint,
             init_fingerprint=self.init_source.fingerprint or None,
             train_sources=corpus.record.train,
@@ -222,8 +226,8 @@ def check_run(run: Run) -> InitSource:
     init_source = InitSource.from_run(run)
     phases = resolve_phases(init_source.run, init_source.growth_history)
     check_step_options(init_source.run, phases, device)
-    if not run.dry_run:
-        check_run_dir(run, [name for phase in phases for name in phase.checkpoint_files])
+    if run.resume or not run.dry_run:
+        check_run_dir(run, phases)
     return init_source
 
 
@@ -234,9 +238,10 @@ def prepare_run(init_source: InitSource) -> RunSetup:
         InputError: if the text cannot be read, or is too short.
     """
     run = init_source.run
-    corpus = prepare_corpus(run.data, run.model.vocab_size, tqdm.write)
+    corpus = prepare_run_corpus(run)
     check_corpus_length(corpus, run.model.seq_len)
-    vocab_size = run.model.vocab_size or corpus.vocab_size
+    wanted = wanted_vocab_size(corpus.tokenizer_name, run.model.vocab_size)
+    vocab_size = wanted or corpus.vocab_size
     run = replace(run, model=replace(run.model, vocab_size=vocab_size))
     phases = resolve_phases(run, init_source.growth_history)
     training = run.training
@@ -247,16 +252,67 @@ def prepare_run(init_source: InitSource) -> RunSetup:
     return RunSetup(run, phases, corpus, valid, device, init_source)
 
 
+def prepare_run_corpus(run: Run) -> Corpus:
+    """Returns a run's tokens. One that is resumed keeps the text and the tokenizer that `auto` came
+    to be when it began, whether the hub can be reached now or not."""
+    record, data = begun_run_record(run), run.data
+    keeps_source, keeps_tokenizer = (
+        bool(record) and choice == "auto" for choice in (data.source, data.tokenizer)
+    )
+    if keeps_source:
+        data = replace(data, source=record["corpus"])
+    if keeps_source and record["fallback"]:
+        data = replace(data, config="", split="", valid_split="")
+    if keeps_tokenizer:
+        data = replace(data, tokenizer=record["tokenizer"])
+    corpus = prepare_corpus(data, run.model.vocab_size, tqdm.write)
+    return replace(
+        corpus,
+        is_fallback=record["fallback"] if keeps_source else corpus.is_fallback,
+        has_fallback_tokenizer=(
+            record["tokenizer_fallback"] if keeps_tokenizer else corpus.has_fallback_tokenizer
+        ),
+    )
+
+
+def begun_run_record(run: Run) -> dict:
+    """Returns the history's first line of the run that is to be resumed; empty where there is
+    none."""
+    path = run.out / HISTORY_FILE
+    return run_record(read_history(path)) if run.resume and path.exists() else {}
+
+
 def announce_run(setup: RunSetup) -> None:
     """Prints what a run will do; one that is resumed says so once it knows where it goes on.
 
     Raises:
         InputError: if it is expected to need more memory or disk than there is.
     """
-    if not setup.run.resume or setup.run.dry_run:
+    if not setup.run.resume:
         print(setup.header())
     check_memory(setup.phases, setup.run, setup.device)
     check_disk(setup.run.out, setup.phases)
+
+
+def announce_dry_run(setup: RunSetup) -> None:
+    """Prints what a run would do, or what is left to do of one that is to be resumed.
+
+    Raises:
+        InputError: if it would not start: its folder may not be written, the run in there cannot go
+            on, or it is expected to need more memory or disk than there is.
+    """
+    run, start = setup.run, "start"
+    if run.resume and (point := latest_point(run.out, setup.fingerprint(), print, setup.phases)):
+        setup = setup._replace(phases=point.progress.resume(setup.phases))
+        start = f"go on at phase {point.progress.phase}, step {point.progress.step}"
+    print(setup.header())
+    try:
+        check_run_dir(run, setup.phases)
+        check_memory(setup.phases, run, setup.device)
+        check_disk(run.out, setup.phases)
+    except InputError as error:
+        raise InputError(f"this run would not {start}: {error}") from None
+    print(f"dry run: this run would {start}; nothing was written into {run.out}")
 
 
 @contextmanager
@@ -330,30 +386,36 @@ def check_finished_run(init_source: InitSource) -> None:
         if name == "init_from" or (name.startswith("data.") and name != "data.cache")
     ]
     if all(sources):  # then text and model need not be read to know that they are the same
-        vocab_size = run.model.vocab_size or before["model.vocab_size"]
+        wanted = wanted_vocab_size(record["tokenizer"], run.model.vocab_size)
+        vocab_size = wanted or before["model.vocab_size"]
         run = replace(run, model=replace(run.model, vocab_size=vocab_size))
         fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
         new = lasting_settings(asdict(run), *fingerprints)
     else:
         new = prepare_run(init_source).fingerprint().settings
-    differences = "; ".join(map(str, setting_changes(old, new)))
+    changes = setting_changes(old, new)
     require(
-        not differences,
-        f"{run.out} holds a finished run, which cannot go on as another: {differences}; "
-        f"--out FOLDER goes elsewhere, {how_to_train_further(run.out)}",
+        not changes,
+        f"{run.out} holds a finished run, which cannot go on as another: "
+        f"{'; '.join(map(str, changes))}; this trains its model further: "
+        f"{how_to_train_further(run.out, changes)}",
     )
 
 
 def finish_run(init_source: InitSource) -> None:
-    """Finishes a run that has ended, should something be left to do, and prints its summary.
+    """Finishes a run that has ended, should something be left to do, and prints its summary and
+    how to train its model further. A dry run prints the latter alone.
 
     Raises:
         InputError: if it is another run that has ended, or another process holds the folder.
     """
     run = init_source.run
     check_finished_run(init_source)
-    with lock_run_dir(run.out), explain_how_to_resume(run.out):
-        write_results(run)
+    if not run.dry_run:
+        with lock_run_dir(run.out), explain_how_to_resume(run.out):
+            write_results(run)
+    print(f"\n{run.out} holds a finished run; this trains its model further:")
+    print(how_to_train_further(run.out))
 
 
 def write_results(run: Run) -> None:
