@@ -235,7 +235,7 @@ def test_a_folder_that_holds_a_run_is_left_as_it_is(last, kind, train, tmp_path)
     path = tmp_path / "run" / HISTORY_FILE
     path.parent.mkdir()
     with History(path) as history:
-        history("run", config=asdict(tiny()), corpus="builtin", fallback=False, phases=["deep"])
+        history("run", config=asdict(tiny()), corpus="builtin", phases=["deep"])
         history("checkpoint", path="last.pt")
         history(last)
     before = path.read_bytes(), path.stat().st_mtime_ns

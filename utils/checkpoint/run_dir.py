@@ -168,7 +168,7 @@ def how_to_train_further(out: Path, changes: Sequence[SettingChange] = ()) -> st
     steps = before[phase.format("steps")]
     added = after[phase.format("steps")] - steps
     default = flatten_settings(json.loads(json.dumps(asdict(single()), default=os.fspath)))
-    without_use = HUB_FIELDS if record["fallback"] else ()
+    without_use = HUB_FIELDS if record["corpus"] == "builtin" else ("data.builtin_stories",)
     options = {
         "phases.single.steps": added if added > 0 else steps,
         "phases.single.lr": after[phase.format("lr")],
