@@ -38,6 +38,7 @@ from transfer.plan import Tile, TrainState, apply_plan
 from utils.checkpoint.model import load_checkpoint
 from utils.optim.commutation import MAX_GAP, STEPS_AFTER, CommutationTest, mutations
 from utils.runtime.device import dtype_name
+from utils.runtime.formatting import wrap_lines
 
 DENSE = ModelConfig(vocab_size=101, d_model=32, n_layers=3, n_heads=4, d_ff=48, seq_len=32)
 GROUPED_QUERY = replace(DENSE, n_kv_heads=2, tie_embeddings=False, position_embedding="learned")
@@ -56,11 +57,11 @@ CASES: list[tuple[str, ModelConfig, list[Growth]]] = [
     ("deepen in the middle", DENSE, [Deepen(2, "middle")]),
     ("upcycle, widen, deepen", DENSE, [Upcycle(8), Widen(), Deepen(3)]),
     ("widen x3, upcycle, deepen", DENSE, [Widen(3), Upcycle(4), Deepen(2)]),
-    ("deepen, upcycle, widen, widen", DENSE, [Deepen(1), Upcycle(4), Widen(), Widen()]),
+    ("deepen, upcycle, 2 x widen", DENSE, [Deepen(1), Upcycle(4), Widen(), Widen()]),
     ("grouped, learned, untied", GROUPED_QUERY, [Upcycle(4), Widen(), Deepen(3)]),
-    ("4 experts: widen x2, deepen", MOE, [Widen(), Deepen(2)]),
-    ("4 experts: deepen, widen x3", MOE, [Deepen(1), Widen(3)]),
-    ("4 experts, grouped: widen, widen", replace(GROUPED_QUERY, num_experts=4), [Widen(), Widen()]),
+    ("MoE: widen x2, deepen", MOE, [Widen(), Deepen(2)]),
+    ("MoE: deepen, widen x3", MOE, [Deepen(1), Widen(3)]),
+    ("MoE, grouped: 2 x widen", replace(GROUPED_QUERY, num_experts=4), [Widen(), Widen()]),
 ]
 COMMUTING: list[tuple[str, ModelConfig, Growth]] = [
     ("dense, widen x2", SMALL_DENSE, Widen(2, noise=0.0)),
@@ -74,7 +75,8 @@ MUTATED = ("dense, widen x2", "dense, deepen, new blocks frozen", "4 experts, wi
 """Cases in which each rule is also broken, to see that the test notices."""
 MAX_ERRORS = {torch.float64: 1e-12, torch.float32: 1e-5}
 COLUMNS = ("logits", "loss", "weights", "gradients", "moments", "copies")
-ROW_FORMAT = "{:<44}{:<10}" + "{:>11}" * len(COLUMNS) + "  {}"
+GROWTH_ROW = "{:<26}{:>7}{:>6}{:>8}{:>10}{:>8}{:>7}  {}"
+COMMUTATION_ROW = "{:<44}{:>11}{:>11}  {}"
 
 
 def random_state(config: ModelConfig, dtype: torch.dtype) -> TrainState:
@@ -164,28 +166,31 @@ def prove_chain(config: ModelConfig, chain: list[Growth], dtype: torch.dtype) ->
                 raise GrowthError(f"{growth}: {error}", drift)
         steps.append(measured)
         state = new
-    return [f"{max(step[law] for step in steps):.1e}" for law in COLUMNS]
+    return [f"{max(step[law] for step in steps):.0e}" for law in COLUMNS]
 
 
 def prove_growths() -> bool:
     """Prints a row for each chain in each dtype. Returns whether every law held."""
-    print(ROW_FORMAT.format("growth", "in", *COLUMNS, ""))
     all_held = True
     for dtype in MAX_ERRORS:
+        print(GROWTH_ROW.format(f"growth, in {dtype_name(dtype)}", *COLUMNS, "").rstrip())
         for name, config, chain in CASES:
             try:
-                cells, verdict = prove_chain(config, chain, dtype), "held"
+                print(GROWTH_ROW.format(name, *prove_chain(config, chain, dtype), "held"))
             except GrowthError as error:
-                all_held, cells, verdict = False, ["-"] * len(COLUMNS), f"BROKEN: {error}"
-            print(ROW_FORMAT.format(name, dtype_name(dtype), *cells, verdict))
+                all_held = False
+                print(GROWTH_ROW.format(name, *["-"] * len(COLUMNS), "BROKEN"))
+                print(wrap_lines(f"    {error}"))
+        print()
     return all_held
 
 
 def prove_commutation() -> bool:
     """Prints how far growing then training is from training then growing, and what each broken rule
     does to it. Returns whether every rule held and every broken one was caught."""
-    print(f"growing and {STEPS_AFTER} steps of Adam, in either order, and what broken rules do")
-    all_held, empty = True, ["-"] * (len(COLUMNS) - 2)
+    print(f"growing and {STEPS_AFTER} steps of Adam, in either order, and what broken rules do:")
+    print(COMMUTATION_ROW.format("growth, in float64", "logits", "loss", "").rstrip())
+    all_held = True
     for name, config, growth in COMMUTING:
         test = CommutationTest(config, growth)
         cases = {name: None} | (mutations(growth) if name in MUTATED else {})
@@ -195,8 +200,8 @@ def prove_commutation() -> bool:
             all_held &= is_right
             verdicts = ("BROKEN", "held") if mutation is None else ("MISSED", "caught")
             label = case if mutation is None else f"    {case}"
-            cells = [f"{logits:.1e}", f"{loss:.1e}", *empty]
-            print(ROW_FORMAT.format(label, "float64", *cells, verdicts[is_right]))
+            cells = f"{logits:.1e}", f"{loss:.1e}"
+            print(COMMUTATION_ROW.format(label, *cells, verdicts[is_right]))
     return all_held
 
 
@@ -234,11 +239,13 @@ def compare_checkpoints(before: Path, after: Path, unchecked: bool = False) -> b
     limits = [resolve_tolerance(growth, by_rounding.logit) for growth in growths or [Deepen(0)]]
     logit_limit = max(logit for logit, _ in limits)
     drift = replace(drift, logit_limit=logit_limit, margin_limit=by_rounding.margin)
+    print(wrap_lines(f"on the probe, a batch of validation text that {before} holds:"))
     for name, value in asdict(drift).items():
         if value is not None:
             print(f"{name:<20}{value:.6g}")
     broken = broken_limits(drift, sum(loss for _, loss in limits), is_exact)
-    print("\n".join(broken))
+    for phrase in broken:
+        print(wrap_lines(phrase))
     return not broken
 
 

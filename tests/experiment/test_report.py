@@ -12,6 +12,7 @@ from utils.experiment.records import keep_experiment, keep_run, print_report, re
 from utils.experiment.report import format_report
 from utils.experiment.significance import chance_margin, residual_std, studentized_range
 from utils.metrics.history import HISTORY_FILE, read_history, select_events, write_history
+from utils.runtime.formatting import format_markdown_table
 
 ROOT = Path(__file__).parents[2]
 TRIALS = 1000
@@ -90,12 +91,13 @@ def test_a_variant_is_worse_if_it_is_further_from_the_best_than_chance_explains(
     losses_VS = 4.0 + residuals + np.array([[0.0], [0.015], [0.03]])
     margin = 4.041 * residual_std(losses_VS) / sqrt(5)
     assert 0.015 < margin < 0.03
-    lines = format_report(make_histories(losses_VS)).splitlines()
-    first, second, third = (line.split()[1:] for line in lines[1:4])
+    report = format_report(make_histories(losses_VS), format_markdown_table)
+    lines = report.replace("|", " ").splitlines()
+    first, second, third = (line.split()[1:] for line in lines[2:5])
     assert first[:3] == ["4.0000", "-", "best"]
     assert second[:5] == ["4.0150", "+0.0150", "±", f"{chance_margin(losses_VS):.4f}", "tie"]
     assert third[4] == "worse" and third[5:] == ["0.100", "-", "-", "5"]
-    assert "5 seeds a variant" in lines[5] and "8 degrees of freedom" in lines[5]
+    assert "5 seeds a variant" in lines[6] and "8 degrees of freedom" in lines[6]
     assert lines[-2].split() == ["v2", "+0.2500"]
     assert lines[-1].split() == ["±", "by", "chance", "0.0000"]
 
@@ -121,9 +123,8 @@ def test_what_is_kept_of_an_experiment_gives_the_tables_that_it_printed(tmp_path
     file = tmp_path / "noise.jsonl"
     keep_experiment(file, "noise", histories)
     kept, printed = report_of(file), format_report(histories)
-    assert kept.replace("|", " ").split() == [
-        word for line in insert_rules(printed) for word in line.split()
-    ]
+    assert kept == format_report(histories, format_markdown_table)
+    assert set(kept.split()) - {"|", "---"} == set(printed.split())
     print_report((file, file))
     assert capsys.readouterr().out == f"{kept}\n\n{kept}\n"
     runs = select_events(read_history(file), "run")
@@ -132,14 +133,6 @@ def test_what_is_kept_of_an_experiment_gives_the_tables_that_it_printed(tmp_path
     kinds = {event["event"] for event in read_history(file)}
     assert kinds == {"run", "grow", "eval", "end"}
     assert not [event for event in read_history(file) if "expert_load" in event]
-
-
-def insert_rules(text):
-    """The lines of tables, with Markdown's rule below each head."""
-    for line in text.splitlines():
-        yield line
-        if line.startswith(("variant ", "above the loss")):
-            yield " --- " * (8 if line.startswith("variant ") else 2)
 
 
 def test_variants_of_other_seeds_are_not_compared(tmp_path):

@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import DataConfig
+from config import DataConfig, Deepen, Phase, Upcycle, Widen, full
 from tests.helpers.small_runs import FOUR_PHASES, small_run
 from transfer import FunctionDrift
 from utils.data import prepare_corpus, valid_windows
-from utils.metrics.console import phase_row, run_header, run_summary
+from utils.metrics.console import (
+    GROWTH_COLUMNS,
+    GROWTH_LEGEND,
+    estimate_line,
+    growth_line,
+    phase_row,
+    progress_line,
+    run_header,
+    run_report,
+    run_summary,
+    underused_line,
+)
+from utils.runtime.formatting import LINE_WIDTH, format_table, wrap_lines
 from utils.schedule.phases import resolve_phases, resume_phases
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
@@ -91,13 +103,94 @@ def test_the_header_tells_how_often_the_text_is_read_and_where_that_is_too_often
 def test_the_summary_has_a_dash_for_what_a_growth_left_without_a_finite_value():
     unmeasured = FunctionDrift(2.0, nan, nan, nan, nan, 0.0, 0, 0.0, 1.0, 64)
     grow = {"event": "grow", "phase": 2, "phase_name": "moe", "growth": "Upcycle"}
-    row = run_summary([grow | unmeasured.to_json()]).splitlines()[-1]
-    assert " ".join(row.split()) == "Upcycle -> moe 2.000000 - - - - 0 of 64 -"
+    row = run_report([grow | unmeasured.to_json()]).splitlines()[-1]
+    assert row == "| Upcycle -> moe | 2.000000 | - | - | - | - | 0 of 64 | - |  |"
 
 
 def test_the_header_of_a_resumed_run_tells_no_settings_of_what_is_done(tmp_path):
     run = small_run(tmp_path)
     phases = resume_phases(resolve_phases(run), number=2, step=1, first_token=640, tokens=768)
     done, *left = (phase_row(phase, run, torch.device("cpu")) for phase in phases)
-    assert done[3:] == ("done", "-", "-", "-") and done[0] == "1 dense"
-    assert [row[4] for row in left] == ["4 x 32", "2 x 32", "1 x 32"]
+    assert done[3:] == ("-", "done", "-", "-") and done[0] == "1 dense"
+    assert [row[5] for row in left] == ["4 x 32", "2 x 32", "1 x 32"]
+
+
+LONG = "a-name-of-20-letters"
+DRIFT = FunctionDrift(10.864026, 10.864026, -1.4e-17, 2.5e-14, 0.0, 0.0, 12, 0.0, 1.0, 2048, 8.3e-6)
+
+
+@pytest.fixture
+def long_phases():
+    """The largest phases of the full preset, with long names and five-digit steps."""
+    growths = {"dense": None, "moe": Upcycle(), "wide": Widen(), "deep": Deepen()}
+    steps = 65_536
+    phases = {f"{LONG[:-5]}{n:_>5}": Phase(g, steps=steps, lr=2.5e-5) for n, g in growths.items()}
+    assert {len(name) for name in phases} == {20}
+    return replace(full(), phases=phases)
+
+
+def is_narrow(text: str) -> bool:
+    return max(map(len, text.splitlines())) <= LINE_WIDTH
+
+
+def test_the_tables_of_a_run_fit_a_line_however_long_its_values_are(long_phases):
+    phases = resolve_phases(
+        replace(long_phases, model=replace(long_phases.model, vocab_size=50257))
+    )
+    assert (
+        "1.15 B" in (rows := [phase_row(p, long_phases, torch.device("cpu")) for p in phases])[3][2]
+    )
+    assert is_narrow("\n".join(format_table(rows)))
+    events = []
+    for phase in phases:
+        where = {"phase": phase.number, "phase_name": phase.name}
+        events += [{"event": "grow", "growth": "Upcycle", **where, "valid_loss_fp32": 10.9}]
+        events[-1] |= DRIFT.to_json()
+        for step in (0, 10, 50, 200):
+            losses = {"valid_loss": 9.9, "valid_loss_fp32": 9.9}
+            events += [{"event": "eval", **where, "step": step, **losses}]
+        sizes = {"params": phase.config.num_params, "active_params": phase.config.num_active_params}
+        losses = {"loss": 10.123, "final_valid_loss": 10.123, "peak_memory_gb": 129.8}
+        events += [
+            {"event": "checkpoint", "trained": True, **where, **sizes, **losses}
+            | {"phase_tokens": phase.tokens, "phase_s": 86_400.0}
+        ]
+    summary = run_summary(events)
+    assert is_narrow(summary) and "310 M of 932 M" in summary and summary.count("-1.000") == 16
+
+
+def test_every_line_of_a_run_fits_a_line_of_the_terminal(long_phases):
+    phase = resolve_phases(long_phases)[-1]
+    last = {"valid_loss": 10.123, "loss": 10.123, "tokens_per_s": 26_800.0}
+    line = progress_line(phase, 65_535, last, 1.234)
+    assert is_narrow(line) and "valid loss 10.123" in line and "train loss 10.123" in line
+    assert phase.growth is not None
+    underused = [(layer, 7) for layer in range(9)]
+    for prose in (
+        growth_line(phase, phase.growth, DRIFT),
+        estimate_line([phase], 1e-12),
+        underused_line(phase, underused, 0.01),
+    ):
+        assert is_narrow(wrap_lines(prose)), prose
+
+
+def test_the_loss_on_the_probe_is_never_called_as_the_validation_loss_is(long_phases):
+    phase = resolve_phases(long_phases)[-1]
+    assert phase.growth is not None
+    assert ": probe loss 10.86" in growth_line(phase, phase.growth, DRIFT)
+    assert "loss" not in " ".join(GROWTH_COLUMNS) and "probe before" in GROWTH_COLUMNS
+
+
+def test_the_legend_explains_every_column_of_the_table_of_growths():
+    told = {name for line in GROWTH_LEGEND.splitlines() for name in line.split(":")[0].split(", ")}
+    columns = {name.removeprefix("probe ") for name in GROWTH_COLUMNS[1:]}
+    assert {name.removeprefix("probe ") for name in told} == columns | {"step N"}
+    assert is_narrow(GROWTH_LEGEND)
+
+
+def test_a_column_of_memory_is_there_only_where_memory_is_measured():
+    event = {"event": "checkpoint", "trained": True, "phase": 1, "phase_name": "dense"}
+    event |= {"params": 9, "active_params": 9, "phase_tokens": 9, "phase_s": 9.0}
+    event |= {"loss": 2.0, "final_valid_loss": 2.0}
+    assert "memory" not in run_summary([event])
+    assert run_summary([event | {"peak_memory_gb": 0.02}]).endswith("20.0 MB")

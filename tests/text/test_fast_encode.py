@@ -1,7 +1,9 @@
 """Ids are those that the tokenizers library gives for the whole text, whichever way they come."""
 
 import random
+import sys
 import tracemalloc
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from utils.text.fast_encode import (
     cache_words,
     encodes_words_alone,
     make_encoder,
+    show_progress,
     write_tokens,
 )
 from utils.text.sources import SEPARATOR, TextChunk
@@ -160,3 +163,11 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
 
     peak_bytes(100)
     assert peak_bytes(8_000) < 1.3 * peak_bytes(2_000)
+
+
+def test_the_characters_that_are_tokenized_are_counted_in_whole_numbers(monkeypatch):
+    terminal = type("Terminal", (StringIO,), {"isatty": lambda self: True})()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert len([*show_progress((False, TextChunk("A story.")) for _ in range(1234))]) == 1234
+    counts = [line.split()[1] for line in terminal.getvalue().split("\r") if line.strip()]
+    assert counts[0] == "0" and counts[-1] == "9,872"

@@ -172,7 +172,7 @@ def test_changes_are_recorded_printed_and_drawn(base_run, tmp_path, capsys):
         {"event": "change", **where, "setting": "phases.only.lr", "old": 1e-2, "new": 1e-3},
     ]
     output = capsys.readouterr().out
-    assert re.search(r" 768 +2 x 32 +0\.001 ", output)  # tokens: 3 steps of 4 x 32, 6 of 2 x 32
+    assert re.search(r" 768 +2 x 32 +0\.001\n", output)  # tokens: 3 steps of 4 x 32, 6 of 2 x 32
     line = "changed phases.only.lr from 0.01 to 0.001 at phase 1 (only), step 3"
     assert output.count(line) == 2  # in the header, and in the summary
     lines = make_figure({"run": events}).axes[0].lines

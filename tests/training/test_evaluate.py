@@ -16,7 +16,7 @@ from tests.helpers.small_runs import MODEL, TRAINING
 from train import main
 from utils.checkpoint.model import load_checkpoint
 from utils.data import spread_windows
-from utils.metrics.diagnostics import UNDERUSED_SHARE
+from utils.metrics.diagnostics import UNDERUSED_SHARE, underused_experts
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
@@ -149,12 +149,24 @@ def test_a_phase_that_grew_is_evaluated_soon_after_however_rare_evaluations_are(
 
 def test_experts_that_get_few_tokens_are_counted_and_named(train_schedule, capsys):
     events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64), steps=0))
-    line = "underused, with less than 10% of a fair share of the tokens: expert "
-    assert line in capsys.readouterr().out
+    output = " ".join(capsys.readouterr().out.split())
+    assert "get less than 10% of an equal share of the tokens and so learn little" in output
+    assert "a higher --training.load-balance-coef (now 0.01) spreads the tokens" in output
     event = select_events(events, "eval")[-1]
     shares = [share for layer in event["expert_load"] for share in layer]
     underused = sum(share < UNDERUSED_SHARE / 64 for share in shares)
     assert underused and event["underused_experts"] == underused / len(shares)
+
+
+def test_a_phase_says_once_that_an_expert_is_underused(train_schedule, capsys):
+    training = replace(TRAINING, eval_every=1)
+    moe = Phase(Upcycle(64), steps=6, lr=1e-6, batch_size=2)
+    events, _ = train_schedule(training, dense=Phase(steps=0), moe=moe)
+    own = [event for event in select_events(events, "eval") if event["phase"] == 2]
+    assert len(own) == 7 and all(event["underused_experts"] for event in own)
+    first = set(underused_experts(own[0]["expert_load"]))
+    news = [set(underused_experts(event["expert_load"])) - first for event in own]
+    assert capsys.readouterr().out.count("of an equal share") <= 1 + sum(map(bool, news)) < 7
 
 
 def test_how_often_a_run_is_evaluated_changes_nothing_else_in_its_record(train_schedule):

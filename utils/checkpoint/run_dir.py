@@ -34,7 +34,7 @@ from utils.metrics.history import HISTORY_FILE, read_history, run_record, select
 from utils.runtime.atomic_io import remove_partial_files
 from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.file_lock import acquire_lock
-from utils.runtime.formatting import list_some
+from utils.runtime.formatting import format_gb, list_some
 from utils.runtime.signals import Stopped
 from utils.schedule.phases import ResolvedPhase
 
@@ -214,8 +214,8 @@ def check_disk(out: Path, phases: list[ResolvedPhase]) -> None:
     free = shutil.disk_usage(existing_ancestor(out)).free
     require(
         free > weights + points,
-        f"out = {out}: the checkpoints need {(weights + points) / 1e9:.1f} GB of disk, "
-        f"{free / 1e9:.1f} GB are free",
+        f"out = {out}: the checkpoints need {format_gb((weights + points) / 1e9)} of disk, "
+        f"{format_gb(free / 1e9)} are free",
     )
 
 

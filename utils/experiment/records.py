@@ -5,7 +5,7 @@ from pathlib import Path
 
 from config import require
 from utils.experiment.report import Histories, format_report
-from utils.metrics.console import run_summary
+from utils.metrics.console import run_report
 from utils.metrics.history import (
     HISTORY_FILE,
     POSITION_FIELDS,
@@ -72,7 +72,7 @@ def report_of(file: Path) -> str:
     require(bool(runs), f"{file} holds no run")
     if "variant" not in run_record(runs[0]):
         require(len(runs) == 1, f"{file} holds {len(runs)} runs of no experiment")
-        return run_summary(runs[0], format_markdown_table)
+        return run_report(runs[0])
     histories: Histories = {}
     for events in runs:
         histories.setdefault(run_record(events)["variant"], []).append(events)

@@ -20,6 +20,7 @@ from utils.experiment.report import Histories, format_report
 from utils.experiment.variants import Experiment
 from utils.metrics.history import HISTORY_FILE, History, read_history, run_record
 from utils.optim.adamw import place_state
+from utils.runtime.formatting import wrap_lines
 from utils.schedule.memory import check_memory
 from utils.schedule.phases import resolve_phases
 from utils.training.context import RunContext, RunSetup, check_run, prepare_run
@@ -61,7 +62,7 @@ def run_experiment(experiment: Experiment) -> None:
             histories.setdefault(name, []).append(events)
     record = experiment.run.out / f"{experiment.name}.jsonl"
     keep_experiment(record, experiment.name, histories)
-    print(f"\n{format_report(histories)}\n\nhistories: {record}")
+    print(wrap_lines(f"\n{format_report(histories)}\n\nhistories: {record}"))
 
 
 def trunk_state(setup: RunSetup) -> TrainState:

@@ -20,6 +20,7 @@ from utils.hf.model_folder import (
 from utils.hf.parity import check_parity, require_transformers
 from utils.hf.pretrained import find_pretrained, model_title
 from utils.runtime.atomic_io import explain_write_errors
+from utils.runtime.formatting import format_gb, wrap_lines
 from utils.text.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, SpecialTokens
 from utils.text.tokenizer import TOKENIZER_JSON, read_tokenizer
 
@@ -63,12 +64,14 @@ def export_checkpoint(
         write_tokenizer(part, saved, context)
         drift = check_parity(part, load_in_dtype(checkpoint, dtype, unchecked))
     architecture, model = hf_config["architectures"][0], describe_model(saved.config)
-    print(f"{folder}: {architecture}, {model}, {weight_bytes / 1e9:.3g} GB")
-    print(
+    print(wrap_lines(f"{folder}: {architecture}, {model}, {format_gb(weight_bytes / 1e9)}"))
+    agreement = (
         f"transformers agrees on {drift.probe_tokens} tokens: logits within "
-        f"{drift.max_logit_diff:.1e}, loss {drift.loss_after:.6f} (here {drift.loss_before:.6f}); "
+        f"{drift.max_logit_diff:.1e}, probe loss {drift.loss_after:.6f} "
+        f"(here {drift.loss_before:.6f}); "
         "generation is the same with and without its cache"
     )
+    print(wrap_lines(agreement))
 
 
 def load_in_dtype(checkpoint: Path, dtype: FloatName | None, unchecked: bool) -> Checkpoint:
@@ -132,4 +135,4 @@ def import_model(
     with explain_write_errors(checkpoint):
         save_checkpoint(checkpoint, imported)
     context = imported.config.seq_len
-    print(f"{checkpoint}: {describe_model(imported.config)}, context {context:,}")
+    print(wrap_lines(f"{checkpoint}: {describe_model(imported.config)}, context {context:,}"))

@@ -25,6 +25,7 @@ from utils.hf.pretrained import Pretrained, fetch_model_file, find_pretrained, m
 from utils.runtime.cpu import peak_resident_gb, return_freed_memory
 from utils.runtime.device import dtype_name
 from utils.runtime.errors import RunStopped
+from utils.runtime.formatting import format_duration, format_gb, wrap_lines
 from utils.text.tokenizer import read_tokenizer
 
 TOKENIZER_FILES = (
@@ -85,17 +86,16 @@ def grow_folder(
                 state, drift = grow(state, growth, probe, seed + i, consume=True)
             except GrowthError as error:
                 raise RunStopped(f"{error}; nothing is written") from error
-            print(f"{type(growth).__name__} kept the function: {drift}")
+            print(wrap_lines(f"{type(growth).__name__} kept the function: probe {drift}"))
         hf_config, own = grown_hf_config(pretrained, config), run_twice(state.model(), probe)
         weight_bytes = write_model(part, config, state.weights, hf_config, card)
         copy_tokenizer(model, part)
         check_grown_folder(part, config, own, probe)
     seconds, memory = time.perf_counter() - start, peak_resident_gb()
-    peak = "" if memory is None else f", peak memory {memory:.2f} GB"
-    print(
-        f"{folder}: {describe_model(config)}, {weight_bytes / 1e9:.3g} GB of {dtype_name(dtype)} "
-        f"weights, in {seconds:.1f} s{peak}"
-    )
+    peak = "" if memory is None else f", peak memory {format_gb(memory)}"
+    size = format_gb(weight_bytes / 1e9)
+    line = f"{folder}: {describe_model(config)}, {size} of {dtype_name(dtype)} weights"
+    print(wrap_lines(f"{line}, in {format_duration(seconds)}{peak}"))
 
 
 def asked_growths(

@@ -18,7 +18,12 @@ from utils.hf.config_json import CONFIG_FILE
 from utils.hf.state_dict import to_hf
 from utils.runtime.atomic_io import atomic_folder, explain_write_errors
 from utils.runtime.device import dtype_name
-from utils.runtime.formatting import format_architecture, format_name, format_params
+from utils.runtime.formatting import (
+    format_architecture,
+    format_gb,
+    format_name,
+    format_params,
+)
 
 
 @contextmanager
@@ -46,7 +51,7 @@ def new_model_folder(folder: Path, overwrite: bool, weight_bytes: int) -> Iterat
         free = shutil.disk_usage(folder.resolve().parent).free
         require(
             free > weight_bytes,
-            f"{folder}: {weight_bytes / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free",
+            f"{folder}: {format_gb(weight_bytes / 1e9)} to write, {format_gb(free / 1e9)} free",
         )
         with atomic_folder(folder) as part:
             yield part

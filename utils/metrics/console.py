@@ -1,7 +1,5 @@
 """What a run prints about itself: before it starts, while it trains, and when it has ended."""
 
-from collections.abc import Callable
-
 import torch
 
 from config import Growth, Run
@@ -20,11 +18,14 @@ from utils.runtime.formatting import (
     format_architecture,
     format_count,
     format_duration,
+    format_gb,
+    format_markdown_table,
     format_number,
     format_params,
     format_table,
+    join_parts,
     list_some,
-    wrap_text,
+    wrap_lines,
 )
 from utils.schedule.memory import phase_memory_gb
 from utils.schedule.phases import ResolvedPhase
@@ -37,6 +38,20 @@ USEFUL_PASSES = 4
 (arXiv:2305.16264)."""
 NOTABLE_RISE = 0.02
 """Nats above the loss before a growth that are worth a word."""
+GROWTH_LEGEND = """
+probe before, after: loss on the probe, a fixed piece of the validation text
+drift, logits: change of that loss, and the largest change of any logit
+in float32: largest change of a logit when both models compute in float32
+flipped: tokens of the probe that went to other experts than before
+copies: how far copied units are from their originals (0: still equal)
+step N: validation loss N steps after the growth, minus that before it
+""".strip()
+"""What the columns of the table of growths mean."""
+GROWTH_COLUMNS = (
+    *("growth", "probe before", "probe after", "drift", "logits", "in float32"),
+    *("flipped", "copies"),
+)
+MIN_BAR_WIDTH = 8
 
 
 def run_header(
@@ -59,9 +74,9 @@ def run_header(
         ("device", f"{device_name(device)}, {step_description(run, phases, device)}"),
         ("output", f"{run.out}, seed {run.seed}"),
     ]
-    lines = [*(line for label, text in items for line in wrap_text(text, label)), ""]
+    lines = [*(wrap_lines(f"{label:<8}{text}", indent=8) for label, text in items), ""]
     rows: TableRows = [
-        ("phase", "model", "parameters", "tokens", "batch x context", "peak lr", "memory")
+        ("phase", "model", "parameters", "memory", "tokens", "batch x context", "peak lr")
     ]
     rows += [phase_row(phase, run, device) for phase in phases]
     return "\n".join([*lines, *format_table(rows), ""])
@@ -164,14 +179,14 @@ def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str
         format_params(config.num_params, config.num_active_params),
     )
     if phase.is_done:
-        return (*model, "done", "-", "-", "-")
+        return (*model, "-", "done", "-", "-")
     lr_factors = lr_scale_range(config, run.training, phase.growth_history)
     return (
         *model,
+        format_gb(phase_memory_gb(phase, run, device)),
         format_number(phase.tokens),
         f"{phase.batch_size} x {config.seq_len}",
         " to ".join(dict.fromkeys(f"{factor * phase.lr:g}" for factor in lr_factors)),
-        f"{phase_memory_gb(phase, run, device):.1f} GB",
     )
 
 
@@ -180,7 +195,7 @@ def growth_line(phase: ResolvedPhase, growth: Growth, drift: FunctionDrift) -> s
     _, max_loss_drift = resolve_tolerance(growth, 0.0)
     changed = f"changed the function, which may move by {max_loss_drift:g} nats"
     effect = "kept the function" if growth.is_exact else changed
-    return f"{phase}: {type(growth).__name__} {effect}: {drift}"
+    return f"{phase}: {type(growth).__name__} {effect}: probe {drift}"
 
 
 def progress_line(
@@ -188,21 +203,44 @@ def progress_line(
 ) -> str:
     """Returns an evaluation as a line, given the last metrics and how far the loss is above that
     before the phase's growth."""
-    parts = [f"{phase} step {step}/{phase.steps}", f"valid {last['valid_loss']:.3f}"]
+    parts = [f"{phase} step {step}/{phase.steps}", f"valid loss {last['valid_loss']:.3f}"]
     if "loss" in last:
-        speed = format_number(last["tokens_per_s"])
-        parts += [f"train {last['loss']:.3f}", f"{speed} tokens/s"]
+        parts += [f"train loss {last['loss']:.3f}", format_speed(last["tokens_per_s"])]
     if above_growth is not None and above_growth > NOTABLE_RISE:
-        parts.append(f"({above_growth:.3f} above what it was before the growth)")
-    return "  ".join(parts)
+        parts.append(f"(valid loss {above_growth:.3f} above that before the growth)")
+    return join_parts(parts)
 
 
-def underused_line(underused: list[tuple[int, int]]) -> str:
-    """Returns the (layer, expert) pairs that get too few tokens, as a line."""
-    shown = ", ".join(f"{expert} of layer {layer}" for layer, expert in underused[:4])
-    more = f" and {len(underused) - 4} more" if len(underused) > 4 else ""
-    share = f"{UNDERUSED_SHARE:.0%} of a fair share of the tokens"
-    return f"  underused, with less than {share}: expert {shown}{more}"
+def format_speed(tokens_per_s: float) -> str:
+    """Returns a speed: `26.8 k tokens/s`."""
+    return f"{format_number(tokens_per_s)} tokens/s"
+
+
+def bar_format(phase: ResolvedPhase, width: int) -> str:
+    """Returns tqdm's format of a phase's progress bar in so many columns. The loss and the speed,
+    which are tqdm's postfix, and the time left always have room; the phase's name, the number of
+    steps and the bar itself have if the terminal is wide enough."""
+    room = width - len(", loss 12.345, 26.8 k tokens/s, 99:59:59 left")
+    name = str(phase) if len(str(phase)) <= room else f"phase {phase.number}"
+    room -= len(name)
+    steps = f" {phase.steps}/{phase.steps}"
+    wanted = [" {n_fmt}/{total_fmt}"] if len(steps) <= room else []
+    wanted += [" {bar}"] if len(steps) + MIN_BAR_WIDTH < room else []
+    return "".join([name, "{postfix}, {remaining} left", *wanted])
+
+
+def underused_line(
+    phase: ResolvedPhase, underused: list[tuple[int, int]], load_balance_coef: float
+) -> str:
+    """Returns which experts, as pairs (layer, expert), get too few tokens, what that means and what
+    helps, as a line."""
+    experts = list_some(f"expert {expert} of layer {layer}" for layer, expert in underused)
+    get = "gets" if len(underused) == 1 else "get"
+    return (
+        f"{phase}: {experts} {get} less than {UNDERUSED_SHARE:.0%} of an equal share of the tokens "
+        f"and so learn{'s' * (len(underused) == 1)} little. Often this passes; if it lasts, a "
+        f"higher --training.load-balance-coef (now {load_balance_coef:g}) spreads the tokens."
+    )
 
 
 def estimate_line(phases: list[ResolvedPhase], seconds_per_flop: float) -> str:
@@ -229,41 +267,53 @@ def change_lines(events: list[dict]) -> list[str]:
     ]
 
 
-def run_summary(
-    events: list[dict], format_rows: Callable[[TableRows], list[str]] = format_table
-) -> str:
-    """Returns the losses of each phase, what each growth moved, and which settings were changed on
-    the way, from a run's history, in tables whose lines `format_rows` makes."""
-    phases: TableRows = [
-        ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
-    ]
-    growths: TableRows = [
-        (
-            *("growth", "loss before", "loss after", "drift", "logits", "in float32"),
-            *("flipped", "copies", "then"),
-        )
-    ]
-    for event in events:
-        if event["event"] == "checkpoint" and event["trained"]:
-            phases.append(trained_row(event))
-        elif event["event"] == "grow":
-            growths.append((*growth_row(event), settling_cell(event, events)))
-    tables = format_rows(phases) + (["", *format_rows(growths)] if len(growths) > 1 else [])
-    changes = change_lines(events)
-    return "\n".join(tables + (["", *changes] if changes else []))
+def run_summary(events: list[dict]) -> str:
+    """Returns the losses of each phase, what each growth moved and what that means, and which
+    settings were changed on the way, from a run's history, in tables for a terminal."""
+    parts = [format_table(trained_rows(events))]
+    if grows := select_events(events, "grow"):
+        settled = [settling_losses(events, grow["phase"]) for grow in grows]
+        steps = sorted({step for losses in settled for step in losses})
+        rows: TableRows = [(*GROWTH_COLUMNS, *(f"step {step}" for step in steps))]
+        for grow, losses in zip(grows, settled, strict=True):
+            later = (format_measured(losses.get(step), "+.3f") for step in steps)
+            rows.append((*growth_row(grow), *later))
+        parts += [format_table(rows), [GROWTH_LEGEND]]
+    parts.append(change_lines(events))
+    return wrap_lines("\n\n".join("\n".join(lines) for lines in parts if lines))
+
+
+def run_report(events: list[dict]) -> str:
+    """Returns what `run_summary` does, but for the meaning, in Markdown."""
+    parts = [format_markdown_table(trained_rows(events))]
+    if grows := select_events(events, "grow"):
+        rows = [(*growth_row(grow), settling_cell(grow, events)) for grow in grows]
+        parts.append(format_markdown_table([(*GROWTH_COLUMNS, "then"), *rows]))
+    parts.append(change_lines(events))
+    return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+
+def trained_rows(events: list[dict]) -> TableRows:
+    """Returns a head, and a row per trained phase, from a run's history. A device whose memory is
+    not measured leaves that column out."""
+    head = ("phase", "parameters", "tokens", "train loss", "valid loss", "seconds", "memory")
+    trained = [event for event in select_events(events, "checkpoint") if event["trained"]]
+    is_measured = any("peak_memory_gb" in event for event in trained)
+    rows = [head, *map(trained_row, trained)]
+    return rows if is_measured else [row[:-1] for row in rows]
 
 
 def trained_row(event: dict) -> tuple[str, ...]:
     """Returns a trained phase's row in the summary."""
-    memory = event.get("peak_memory_gb")
+    seconds, memory = event["phase_s"], event.get("peak_memory_gb")
     return (
         f"{event['phase']} {event['phase_name']}",
         format_params(event["params"], event["active_params"]),
         format_number(event["phase_tokens"]),
         f"{event['loss']:.3f}" if "loss" in event else "-",
         f"{event['final_valid_loss']:.3f}",
-        f"{event['phase_s']:.0f}",
-        f"{memory:.1f} GB" if memory is not None else "-",
+        f"{seconds:.0f}" if seconds >= 1 else f"{seconds:.1g}",
+        format_gb(memory) if memory is not None else "-",
     )
 
 

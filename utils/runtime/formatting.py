@@ -1,17 +1,19 @@
-"""Numbers, times, models and tables as people read them."""
+"""Numbers, sizes, times, models and tables as people read them, in lines that fit a terminal."""
 
-import textwrap
 from collections.abc import Iterable
+from textwrap import TextWrapper
 
 from config import ModelConfig
 
+LINE_WIDTH = 80
+"""Characters of a line: what every terminal has."""
+
 TableRows = list[tuple[str, ...]]
-WIDTH, LABEL_WIDTH = 80, 8
-"""Characters of a line, and of the label in front of it."""
 
 
 def format_number(number: float) -> str:
     """Returns three digits and a unit: `64.3 M`."""
+    number = float(f"{number:.3g}")  # rounding may reach the next unit
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
@@ -28,14 +30,14 @@ def count_noun(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def wrap_text(text: str, label: str = "") -> list[str]:
-    """Returns a text as lines of WIDTH characters, `label` in front of the first. Words that are
-    longer, such as paths, stay whole."""
-    first, others = f"{label:<{LABEL_WIDTH}}", " " * LABEL_WIDTH
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=others,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+def format_gb(size: float) -> str:
+    """Returns a size in GB (10^9 bytes), or in a smaller unit below a tenth of one: `17.4 GB`,
+    `64.0 MB`."""
+    for unit in ("GB", "MB", "kB"):
+        if size >= 0.1:
+            return f"{size:.1f} {unit}"
+        size *= 1000
+    return f"{size:.0f} bytes"
 
 
 def list_some(names: Iterable[object], count: int = 4) -> str:
@@ -46,7 +48,9 @@ def list_some(names: Iterable[object], count: int = 4) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Returns a duration in seconds, minutes or hours: `1 h 31 min`."""
+    """Returns a duration in seconds, minutes or hours: `0.4 s`, `1 h 31 min`."""
+    if seconds < 1:
+        return f"{seconds:.1g} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -72,14 +76,42 @@ def format_params(total: int, active: int) -> str:
     return count if active == total else f"{format_number(active)} of {count}"
 
 
-def format_table(rows: TableRows) -> list[str]:
-    """Returns the lines of a table, the first column aligned left and the others right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+def format_table(rows: TableRows, num_keys: int = 1) -> list[str]:
+    """Returns the lines of a table, the first column aligned left and the others right. Columns
+    that LINE_WIDTH has no room for go on below, beside the first `num_keys` columns once more."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    blocks = [[*range(num_keys)]]
+    for column in range(num_keys, len(widths)):
+        line_width = sum(widths[i] + 2 for i in blocks[-1]) + widths[column]
+        if line_width > LINE_WIDTH and len(blocks[-1]) > num_keys:
+            blocks.append([*range(num_keys)])
+        blocks[-1].append(column)
     lines = []
-    for first, *others in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]))
-    return lines
+    for block in blocks:
+        lines += [
+            "",
+            *("  ".join(f"{row[i]:{'>' if i else '<'}{widths[i]}}" for i in block) for row in rows),
+        ]
+    return lines[1:]
+
+
+def wrap_lines(text: str, indent: int = 4) -> str:
+    """Returns a text with each line that is longer than LINE_WIDTH broken between words, and what
+    goes on in the next line indented. No word is broken: it may be a path."""
+    wrapper = TextWrapper(
+        width=LINE_WIDTH,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(map(wrapper.fill, text.split("\n")))
+
+
+def join_parts(parts: Iterable[str]) -> str:
+    """Returns short texts side by side, in more than one line where LINE_WIDTH has no room. No text
+    is broken."""
+    unbreakable = (part.replace(" ", "\0") for part in parts)
+    return wrap_lines("  ".join(unbreakable)).replace("\0", " ")
 
 
 def format_markdown_table(rows: TableRows) -> list[str]:

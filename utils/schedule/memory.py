@@ -10,6 +10,7 @@ from config import InputError, ModelConfig, Run
 from models.ops import fused_kernels_available
 from utils.runtime.device import free_memory_gb, is_out_of_memory, training_dtype
 from utils.runtime.errors import RunStopped
+from utils.runtime.formatting import format_gb
 from utils.schedule.phases import ResolvedPhase
 
 BYTES_PER_PARAM = 16
@@ -95,12 +96,12 @@ def check_memory(phases: list[ResolvedPhase], run: Run, device: torch.device) ->
         options["--training.low-memory"] = {"low_memory": True}
         options[" ".join(options)] = {"low_memory": True, "micro_batch_size": 1}
     fits = [
-        f"{flags} needs {smaller:.1f} GB"
+        f"{flags} needs {format_gb(smaller)}"
         for flags, changes in options.items()
         if (smaller := largest_need(**changes)[0]) <= USABLE_SHARE * free
     ]
     raise InputError(
-        f"{phase} needs about {need:.1f} GB, {device} has {free:.1f}: "
+        f"{phase} needs about {format_gb(need)}, {device} has {format_gb(free)}: "
         + (fits[0] if fits else "only a smaller model would fit")
     )
 

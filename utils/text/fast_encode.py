@@ -79,8 +79,8 @@ def write_tokens(
 
 def show_progress(chunks: Iterable[tuple[bool, TextChunk]]) -> Iterator[tuple[bool, TextChunk]]:
     """Yields the chunks, and counts their characters on a progress bar."""
-    bar_format = "{desc}: {n_fmt} characters, {elapsed}"
-    with tqdm(desc="tokenizing", unit_scale=True, bar_format=bar_format, disable=None) as bar:
+    bar_format = "{desc} {n:,} characters, {elapsed}"
+    with tqdm(desc="tokenizing", bar_format=bar_format, disable=None) as bar:
         for is_valid, chunk in chunks:
             yield is_valid, chunk
             bar.update(len(chunk.text))

@@ -57,6 +57,7 @@ from utils.runtime.device import (
     reset_peak_memory,
     training_dtype,
 )
+from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import raise_on_signals
 from utils.schedule.memory import check_memory
 from utils.schedule.phases import (
@@ -81,7 +82,7 @@ class RunSetup(NamedTuple):
     init_source: InitSource
 
     def header(self) -> str:
-        """Returns what the run will do, as a text."""
+        """Returns what the run will do, as a text for a terminal."""
         return run_header(self.run, self.phases, self.corpus, self.valid, self.device)
 
     def fingerprint(self) -> RunFingerprint:
@@ -339,7 +340,7 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
                 point = record_changes(point, setup.phases, history, checkpointer)
             if run.resume:
                 lines = change_lines(read_history(history.path))
-                tqdm.write("\n".join([setup.header(), *lines]))
+                tqdm.write(wrap_lines("\n".join([setup.header(), *lines])))
             context = RunContext.from_setup(setup, history, checkpointer, point)
             del point  # so that the loaded state can be freed
             yield context

@@ -15,6 +15,7 @@ from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
 from utils.runtime.errors import NotFinite, RunStopped
+from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import Stopped, defer_signals
 from utils.schedule.lr import lr_at
 from utils.schedule.memory import explain_out_of_memory
@@ -61,7 +62,7 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
     )
     if error is not None:
         raise RunStopped(f"{phase}: {error}") from error
-    tqdm.write(growth_line(phase, growth, drift))
+    tqdm.write(f"\n{wrap_lines(growth_line(phase, growth, drift))}")
     if phase.init_checkpoint:
         save_model(state, phase, context, phase.init_checkpoint, trained=False)
         context.record(phase, "checkpoint", path=phase.init_checkpoint, trained=False)
@@ -143,7 +144,9 @@ def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> 
         samples=samples,
         **last_metrics(read_history(context.history.path), phase.number),
     )
-    tqdm.write("\n".join(f"  > {' '.join(text.split())}" for text in samples))
+    if samples:
+        stories = "\n".join(f"  > {' '.join(text.split())}" for text in samples)
+        tqdm.write(wrap_lines(f"stories by the model of {phase}:\n{stories}"))
 
 
 def sample_stories(state: TrainState, context: RunContext) -> list[str]:

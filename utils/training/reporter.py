@@ -7,11 +7,12 @@ from tqdm import tqdm
 
 from models.layerwise import layerwise_model
 from utils.checkpoint.resume import TrainingProgress
-from utils.metrics.console import progress_line, underused_line
+from utils.metrics.console import bar_format, format_speed, progress_line, underused_line
 from utils.metrics.diagnostics import copied_matrices, underused_experts, weight_stats
 from utils.metrics.history import loss_above_growth, phase_events, read_history
 from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
 from utils.optim.adamw import Optimizer, lr_scale_range
+from utils.runtime.formatting import LINE_WIDTH, wrap_lines
 from utils.schedule.phases import ResolvedPhase
 from utils.training.context import RunContext
 from utils.training.evaluate import evaluate, evaluate_fp32
@@ -37,9 +38,13 @@ class PhaseReporter:
         self.copied = copied_matrices(context.run.model, growths)
         self.last: dict[str, float] = {}
         """The last metrics and validation loss."""
+        self.reported_underused: set[tuple[int, int]] = set()
+        """The underused experts (layer, expert) that the terminal was told of."""
         self.bar = tqdm(
-            total=phase.steps, initial=self.step, desc=str(phase), unit="step", disable=None
+            total=phase.steps, initial=self.step, leave=False, dynamic_ncols=True, disable=None
         )
+        if not self.bar.disable:
+            self.bar.bar_format = bar_format(phase, self.bar.ncols or LINE_WIDTH)
 
     @property
     def where(self) -> str:
@@ -64,7 +69,7 @@ class PhaseReporter:
         self.bar.update(self.step - self.bar.n)
         training, is_end = self.context.run.training, self.step == self.phase.steps
         if self.eta and (line := self.eta.line_after(self.step)):
-            tqdm.write(line)
+            tqdm.write(wrap_lines(line))
         if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
             measured = self.metrics.read(self.where)
             with self.metrics.paused():
@@ -79,7 +84,8 @@ class PhaseReporter:
         low, high = self.lr_scale_range
         self.record("step", lr=self.lr, lr_min=low * self.lr, lr_max=high * self.lr, **measured)
         self.last |= measured
-        self.bar.set_postfix(loss=measured["loss"], tokens_per_s=measured["tokens_per_s"])
+        speed = format_speed(measured["tokens_per_s"])
+        self.bar.set_postfix_str(f"loss {measured['loss']:.3f}, {speed}")
 
     @property
     def is_settling(self) -> bool:
@@ -112,8 +118,15 @@ class PhaseReporter:
         values |= weight_stats(self.copied, weights)
         self.record("eval", valid_loss=loss, **values)
         tqdm.write(progress_line(phase, self.step, self.last, values.get("above_growth")))
-        if underused := underused_experts(values.get("expert_load", [])):
-            tqdm.write(underused_line(underused))
+        self.report_underused(underused_experts(values.get("expert_load", [])))
+
+    def report_underused(self, underused: list[tuple[int, int]]) -> None:
+        """Says on the terminal which experts are underused, if some are that were not before."""
+        if set(underused) <= self.reported_underused:
+            return
+        self.reported_underused.update(underused)
+        coef = self.context.run.training.load_balance_coef
+        tqdm.write(wrap_lines(underused_line(self.phase, underused, coef)))
 
     def evaluate_further(self, optimizer: Optimizer, loss: float) -> float:
         """Returns the validation loss on all windows of a phase's end, given that on the regular
