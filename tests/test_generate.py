@@ -1,4 +1,8 @@
+import io
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from itertools import combinations
@@ -19,8 +23,11 @@ from utils.generate.__main__ import main
 from utils.generate.sampling import Sampling
 from utils.generate.stories import (
     REPLACEMENT,
+    Story,
+    describe_story_end,
     draw_tokens,
     encode_prompts,
+    format_story,
     generate,
     next_logits,
     sample_tokens,
@@ -28,6 +35,7 @@ from utils.generate.stories import (
     stream_text,
     write_stories,
 )
+from utils.metrics.history import HISTORY_FILE
 from utils.text.builtin.stories import builtin_stories
 from utils.text.special_tokens import SpecialTokens
 from utils.text.tokenizer import learn_tokenizer
@@ -172,12 +180,30 @@ def test_a_story_begins_with_its_prompt_and_goes_on(model, tokenizer, checkpoint
         return capsys.readouterr().out
 
     story = printed(PROMPT)
-    assert story.startswith(PROMPT) and len(story) > len(PROMPT) + 5
+    assert story.startswith(f"> {PROMPT}\n") and len(story) > len(PROMPT) + 50
     assert printed(PROMPT) == story != printed(PROMPT, seed=1)
     prompts = PROMPT, "One day", "It was"
     stories = write_stories(model, tokenizer, (0,), prompts, 20, Sampling())
-    assert story == stories[0] + "\n"
-    assert printed(*prompts) == "\n\n".join(stories) + "\n"
+    assert story == format_story(stories[0]) + "\n"
+    assert printed(*prompts) == "\n\n".join(map(format_story, stories)) + "\n"
+    starts = encode_prompts(tokenizer, prompts, 300)
+    for story, start, more in zip(
+        stories, starts, generate(model, starts, 20, (0,), Sampling()), strict=True
+    ):
+        assert story.prompt + story.continuation == tokenizer.decode(start + more)
+
+
+def test_a_story_says_where_the_model_goes_on_and_what_ended_it(model, tokenizer):
+    (story,) = write_stories(model, tokenizer, (), ["A cat\nsat"], 5, Sampling())
+    assert format_story(story) == (
+        f"> A cat\n> sat\n{story.continuation}\n(cut off at the limit of 5 tokens)"
+    )
+    (start,) = encode_prompts(tokenizer, ["A"], 300)
+    tokens = generate(model, [start], 30, (), Sampling(0))[0]
+    stop = next(token for token in tokens if tokens.index(token) > 1)
+    (story,) = write_stories(model, tokenizer, [stop], ["A"], 30, Sampling(0))
+    assert story.ending == f"(end of text after {tokens.index(stop)} tokens)"
+    assert describe_story_end(1, 2) == "(end of text after 1 token)"
 
 
 def test_a_model_whose_weights_are_of_several_dtypes_writes_a_story(checkpoint, tmp_path, capsys):
@@ -186,7 +212,7 @@ def test_a_model_whose_weights_are_of_several_dtypes_writes_a_story(checkpoint, 
     saved.weights[name] = saved.weights[name].bfloat16()
     save_checkpoint(tmp_path / "mixed.pt", saved)
     main(tmp_path / "mixed.pt", (PROMPT,), length=5, device="cpu")
-    assert capsys.readouterr().out.startswith(PROMPT)
+    assert capsys.readouterr().out.startswith(f"> {PROMPT}\n")
 
 
 def test_a_prompt_follows_what_its_tokenizer_puts_in_front_of_every_text(tokenizer):
@@ -206,10 +232,12 @@ def test_no_character_is_printed_by_halves(tokenizer):
     half = ids[-1:]  # a last byte without the first
     for other in ids, ids[:-1], half + ids, []:
         drawn = [(1, i) for i in other] + [(0, i) for i in ids] + [(0, None), (1, None)]
-        parts = list(stream_stories(tokenizer, [start, start], iter(drawn)))
-        stories = tokenizer.decode(start + ids), tokenizer.decode(start + other)
-        assert "".join(parts) == "\n\n".join(stories) + "\n"
-        first = parts[: parts.index("\n\n")]
+        parts = list(stream_stories(tokenizer, ["On"] * 2, [start, start], iter(drawn), 99))
+        texts = [tokenizer.decode(start + added)[2:] for added in (ids, other)]
+        ends = [describe_story_end(len(added), 99) for added in (ids, other)]
+        stories = [Story("On", *story) for story in zip(texts, ends, strict=True)]
+        assert "".join(parts) == "\n\n".join(map(format_story, stories)) + "\n"
+        first = parts[: parts.index(f"\n{ends[0]}\n")]
         assert REPLACEMENT not in "".join(first) and len(set(first)) > 5, "as it comes"
 
 
@@ -220,7 +248,7 @@ def test_a_byte_that_breaks_a_character_does_not_end_the_story():
     tokenizer = Tokenizer(models.BPE(letters, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     smile = [byte + 1 for byte in "🙂".encode()]
-    printed = "".join(stream_text(tokenizer, [0, *smile, smile[-1], 0, *smile, 0]))
+    printed = "".join(stream_text(tokenizer, [], [0, *smile, smile[-1], 0, *smile, 0]))
     assert printed.startswith("a🙂" + REPLACEMENT) and printed.endswith("🙂a")
 
 
@@ -245,7 +273,6 @@ def test_a_sampling_out_of_range_is_refused_by_name(field, value):
     "changed, reason",
     [
         ({"prompts": ("One", "")}, "prompt = '' is empty"),
-        ({"prompts": ()}, "prompts = () is empty"),
         ({"length": -1}, "length = -1"),
         ({"device": "tpu"}, "device = tpu"),
     ],
@@ -287,8 +314,140 @@ def test_the_command_writes_stories_or_says_which_checkpoint_is_missing(checkpoi
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     done = run(checkpoint, PROMPT, "One day", "--length", "5", "--top-p", "0.9", "--device", "cpu")
-    assert done.returncode == 0 and done.stdout.startswith(PROMPT) and not done.stderr
-    assert done.stdout.count("\n\nOne day") == 1
+    assert done.returncode == 0 and done.stdout.startswith(f"> {PROMPT}\n") and not done.stderr
+    assert done.stdout.count(" tokens)\n\n> One day\n") == 1
     lost = run("none.pt", PROMPT)
     assert (lost.returncode, lost.stdout) == (2, "")
     assert lost.stderr == "error: none.pt: there is no such checkpoint\n"
+
+
+@pytest.fixture
+def run_folder(checkpoint, tmp_path):
+    """A folder as a run of two phases leaves it, the second of which is not finished."""
+    paths = [("dense.pt", True), ("moe_init.pt", False)]
+    events = [
+        {"event": "checkpoint", "wall_s": 1.0, "path": path, "trained": trained}
+        for path, trained in paths
+    ]
+    (tmp_path / HISTORY_FILE).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (tmp_path / "dense.pt").write_bytes(checkpoint.read_bytes())
+    return tmp_path
+
+
+def test_a_runs_folder_stands_for_the_last_model_that_it_has_trained(
+    run_folder, checkpoint, capsys
+):
+    main(run_folder, (PROMPT,), length=9, device="cpu")
+    taken = capsys.readouterr()
+    assert f"{run_folder}/dense.pt" in taken.err
+    main(checkpoint, (PROMPT,), length=9, device="cpu")
+    assert taken.out == capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "files, reason",
+    [
+        ({}, f"holds no run (there is no {HISTORY_FILE})"),
+        ({"b.pt": "", "a.pt": ""}, "name one of its files (a.pt, b.pt)"),
+        ({"config.json": "{}"}, "python -m utils.hf import"),
+        ({HISTORY_FILE: '{"event": "run", "wall_s": 0.0}\n'}, "has finished no phase yet"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_is_missing(files, reason, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}.*{re.escape(reason)}"):
+        main(tmp_path, (PROMPT,), device="cpu")
+
+
+def test_every_line_of_a_pipe_is_a_prompt(checkpoint, capsys, monkeypatch):
+    def printed(*prompts, lines=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        main(checkpoint, prompts, length=9, device="cpu")
+        return capsys.readouterr().out
+
+    assert printed(lines=f"{PROMPT}\n\nOne day\r\nIt was") == printed(PROMPT, "One day", "It was")
+    with pytest.raises(InputError, match=re.escape("prompts = () is empty, and standard input")):
+        printed(lines="\n")
+
+
+def test_bytes_in_a_pipe_that_are_no_text_are_one_line_after_the_stories_before(checkpoint):
+    command = [sys.executable, "-m", "utils.generate", checkpoint, "--length", "3"]
+    lines = PROMPT.encode() + b"\n\xff\n"
+    done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True)
+    assert done.returncode == 2 and done.stdout.startswith(f"> {PROMPT}\n".encode())
+    assert done.stderr == b"error: prompt = '\\udcff' is not text in UTF-8\n"
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *args):
+        pid, self.screen = pytest.importorskip("pty").fork()
+        if pid == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "utils.generate", *map(str, args)])
+        self.pid = pid
+
+    def read_to(self, text):
+        """Returns what is shown until `text` is, or until the command has ended."""
+        shown = b""
+        while not shown.endswith(text):
+            try:
+                part = os.read(self.screen, 1)
+            except OSError:  # Linux's word for the end
+                part = b""
+            if not part:
+                break
+            shown += part
+        return shown.replace(b"\r\n", b"\n").decode()
+
+    def exit_code(self):
+        os.close(self.screen)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def type(self, keys):
+        os.write(self.screen, keys)
+
+
+def test_in_a_terminal_each_line_is_answered_until_an_empty_one(checkpoint):
+    terminal = Terminal(checkpoint, "--length", "5", "--device", "cpu")
+    assert "each line is a prompt" in terminal.read_to(b"> ")
+    for line in ("A cat", "One day"):
+        terminal.type(line.encode() + b"\n")
+        answer = terminal.read_to(b"> ")
+        assert answer.startswith(f"{line}\n")
+        assert re.search(r"\n\((cut off|end of text) .* tokens?\)\n\n> $", answer)
+    terminal.type(b"\n")
+    assert terminal.read_to(b"never").strip() == ""
+    assert terminal.exit_code() == 0
+
+
+def test_ctrl_d_ends_the_chat_and_a_line_that_cannot_be_a_prompt_does_not(
+    model, tokenizer, tmp_path
+):
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["[PAD]"])
+    weights = TrainState.from_model(model).weights
+    saved = Checkpoint(CONFIG, weights, tokenizer.to_str(), SpecialTokens((0,)))
+    save_checkpoint(tmp_path / "a.pt", saved)
+    terminal = Terminal(tmp_path / "a.pt", "--length", "5", "--device", "cpu")
+    terminal.read_to(b"> ")
+    terminal.type(b"[PAD]\n")
+    assert "error: prompt = '[PAD]': token 300" in terminal.read_to(b"> ")
+    terminal.type(b"A cat\n")
+    assert " tokens)\n" in terminal.read_to(b"> ")
+    terminal.type(b"\x04")
+    terminal.read_to(b"never")
+    assert terminal.exit_code() == 0
+
+
+def test_ctrl_c_ends_the_chat_with_one_line(checkpoint):
+    terminal = Terminal(checkpoint, "--length", "1000000", "--device", "cpu")
+    terminal.read_to(b"> ")
+    terminal.type(b"A cat\n")
+    terminal.read_to(b"A cat\r\n")
+    terminal.type(b"\x03")
+    *_, last, end = terminal.read_to(b"never").split("\n")
+    assert (last, end) == ("stopped by SIGINT; run the same command again", "")
+    assert terminal.exit_code() == 128 + signal.SIGINT

@@ -5,6 +5,9 @@ import gc
 import gzip
 import json
 import math
+import re
+import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,14 +17,24 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 from config import PRESETS, InputError, full, tiny
 from models import SLM
-from utils.benchmark.baselines import make_baseline_model
+from utils.benchmark import steps
+from utils.benchmark.baselines import baseline_label, make_baseline_model
 from utils.benchmark.options import BenchmarkOptions
-from utils.benchmark.results import catch_out_of_memory, format_results
+from utils.benchmark.results import (
+    CAPTIONS,
+    TABLES,
+    Measurement,
+    catch_out_of_memory,
+    format_results,
+)
 from utils.benchmark.roofline import COMPONENTS, DeviceRates, nominal_flops
+from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.startup import time_startup, time_tokenization
-from utils.benchmark.suite import run_benchmark
+from utils.benchmark.steps import EXPECTED_OF_LIMIT, plan_steps
+from utils.benchmark.suite import describe_plan, measure_in_turn, run_benchmark
 from utils.benchmark.timing import time_in_turn
 from utils.runtime.cli import parse_flags, run_command
+from utils.runtime.signals import Stopped
 from utils.schedule.phases import flops_per_token, resolve_phases
 
 CPU = torch.device("cpu")
@@ -44,6 +57,14 @@ def preset():
         gc.freeze()  # transformers is large, and each measurement collects
         yield
         gc.unfreeze()
+
+
+@pytest.fixture
+def setup_of():
+    """A function that returns the setup on this CPU of some options, those of `atom` by default."""
+    return lambda **options: BenchmarkSetup.from_options(
+        BenchmarkOptions(**{"preset": "atom", "device": "cpu"} | options)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +224,75 @@ def test_functions_are_timed_in_turn_and_the_warm_up_does_not_count():
 
 def test_columns_that_no_row_has_are_left_out_of_a_table():
     rows = {"startup": [{"preset": "tiny"}], "tokenize": [{"file": "a", "mb": 1.0}, {"file": "b"}]}
-    assert format_results(rows) == "tokenize   MB\na         1.0\nb           -\n\nstartup\ntiny   "
+    tokenize, startup = format_results(rows).split("\n\n")
+    assert tokenize.splitlines() == [CAPTIONS["tokenize"], "file   MB", "a     1.0", "b       -"]
+    assert startup.splitlines() == [CAPTIONS["startup"], "preset", "tiny  "]
+
+
+def test_every_table_fits_a_terminal_and_keeps_what_is_needed_most():
+    label = baseline_label(full().model, torch.bfloat16, torch.float32, "reduce-overhead")
+    row = {c: 0.123 if str(form).endswith("%") else 9_999_999 for _, c, form in TABLES["steps"]}
+    row |= {"name": "single", "model": label, "batch": 1024, "ms": 99_999.0}
+    parts = {f"{part}_ms": 99_999.0 for part in COMPONENTS}
+    parts |= {f"{part}_share": 0.99 for part in COMPONENTS} | {"name": "single", "batch": 1024}
+    growth = {c: 1234.5 for _, c, _ in TABLES["transitions"]} | {"name": "dense -> moe"}
+    text = {c: 123_456_789 for _, c, _ in TABLES["tokenize"]} | {"file": "a" * 255}
+    failed = [{"name": "deep", "batch": 64, "model": label, "file": "b", "error": "out of memory"}]
+    rows = {"steps": [row], "components": [parts], "transitions": [growth], "tokenize": [text]}
+    for more in ([], failed):
+        lines = format_results({kind: each + more for kind, each in rows.items()}).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert any(label in line and "9,999,999" in line for line in lines)
+        assert sum("out of memory" in line for line in lines) == (4 if more else 0)
+    assert max(map(len, CAPTIONS.values())) <= 80
+
+
+def test_what_takes_minutes_is_said_with_how_to_have_less():
+    assert describe_plan(1, 0.0) == "1 measurement" and describe_plan(8, 59.0) == "8 measurements"
+    long = describe_plan(24, 3 * 3600.0)
+    assert long.startswith("24 measurements, about 3 h 0 min; less: --phases 1 --batches 1")
+    assert len(describe_plan(240, 99 * 3600.0)) <= 80
+
+
+def test_the_expected_time_is_that_of_all_runs_and_follows_from_the_options(setup_of):
+    def expected(**options):
+        return sum(m.expected_s for m in plan_steps(setup_of(**options), H200))
+
+    phase = resolve_phases(atom())[0]
+    limit = H200.step_limit_s(phase.config, phase.tokens_per_step)
+    one = expected(phases=(1,), batches=("default",), repeats=4, warm_up=1)
+    assert one == pytest.approx(3 * 5 * limit / EXPECTED_OF_LIMIT)
+    assert expected(phases=(1,), batches=("default",), repeats=9, warm_up=1) == 2 * one
+    assert expected(phases=(1,), batches=("default",), repeats=4, warm_up=1, baselines=True) > one
+    assert expected(repeats=4, warm_up=1) > 4 * one
+
+
+def test_a_cpu_measures_the_small_preset_unless_another_is_asked_for(setup_of):
+    assert setup_of(preset="auto").run == (setup_of(preset="tiny").run)
+    assert setup_of(preset="full").run.model.d_model == full().model.d_model
+    assert BenchmarkOptions().preset_on("cuda") == BenchmarkOptions().preset_on("mps") == "full"
+
+
+def test_progress_names_the_measurement_that_is_at_work(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    plan = [Measurement(name, lambda: iter([("steps", {})])) for name in ("first", "second")]
+    assert list(measure_in_turn(plan)) == 2 * [("steps", {})]
+    out, err = capsys.readouterr()
+    assert out == "2 measurements\n"
+    assert "first" in err and "second" in err and "2/2" in err
+    assert max(map(len, re.split(r"[\r\n]", err))) <= 80
+
+
+def test_who_stops_a_benchmark_has_the_tables_of_what_was_measured(monkeypatch, capsys):
+    def stop(*args):
+        raise Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(steps, "time_components", stop)
+    options = BenchmarkOptions("atom", (1,), ("default",), device="cpu", repeats=1, warm_up=1)
+    with pytest.raises(Stopped):
+        run_benchmark(options)
+    out = capsys.readouterr().out
+    assert CAPTIONS["steps"] in out and CAPTIONS["components"] not in out
 
 
 def run_out_on_the_cpu():
@@ -235,27 +324,42 @@ def huge():
     return replace(atom(), training=training)
 
 
-def test_what_needs_too_much_memory_says_so_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("known, error", [(False, "out of memory"), (True, "needs .* GB")])
+def test_what_needs_too_much_memory_says_so_and_the_rest_goes_on(
+    known, error, monkeypatch, tmp_path, capsys
+):
+    """A CPU's memory is looked at before, so that the system does not end the process."""
     monkeypatch.setitem(PRESETS, "huge", huge)
+    monkeypatch.setattr(steps, "free_memory_gb", lambda device: 64.0 if known else None)
     out = tmp_path / "report.json"
     run_benchmark(
         BenchmarkOptions(
-            "huge", (1, 2, 3), (1,), transitions=True, device="cpu", repeats=1, json=out
+            "huge",
+            (1, 2, 3),
+            (1,),
+            transitions=True,
+            device="cpu",
+            precision="fp32",
+            repeats=1,
+            json=out,
         )
     )
     report = json.loads(out.read_text())
-    assert [row.get("error") for row in report["steps"]] == [None, *2 * ["out of memory"]]
-    assert [row.get("error") for row in report["transitions"]] == 2 * ["out of memory"]
+    first, *others = [row.get("error") for row in report["steps"]]
+    others += [row.get("error") for row in report["transitions"]]
+    assert first is None and len(others) == 4 and all(re.fullmatch(error, o) for o in others)
     assert len(report["components"]) == 1
-    lines, tables = capsys.readouterr().out.split("\n\n", 1)
-    assert lines.count("\n") == 6  # each result as it comes
-    assert "out of memory" in tables and all(f"{part} share" in tables for part in COMPONENTS)
+    start, _, *tables = capsys.readouterr().out.split("\n\n")
+    assert start.startswith("cpu, float32") and "preset huge\n5 measurements" in start
+    assert ("about" in start) == (not known), "what does not fit takes no time"
+    assert len(re.findall(error, "\n".join(tables))) == 4
+    assert all(part in "\n".join(tables) for part in COMPONENTS)
 
 
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("--preset tinny", "preset = tinny is not there, only full, tiny"),
+        ("--preset tinny", "preset = tinny is not there, only auto, full, tiny"),
         ("--phases 1 9", "phases = (1, 9)"),
         ("--batches default 0", "batches = ('default', 0)"),
         ("--batches few", "few"),

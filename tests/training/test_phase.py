@@ -2,6 +2,7 @@
 
 import errno
 import io
+import re
 import sys
 from dataclasses import replace
 from time import sleep
@@ -117,8 +118,17 @@ def test_every_phase_ends_with_stories_that_its_model_writes_with_the_runs_seed(
             finished.training.sample_tokens,
             Sampling(seed=finished.seed),
         )
-        assert event["samples"] == stories
-        assert all(s.startswith(p) and s != p for s, p in zip(stories, PROMPTS, strict=True))
+        assert event["samples"] == [story.prompt + story.continuation for story in stories]
+        assert [story.prompt for story in stories] == list(PROMPTS)
+        assert all(story.continuation for story in stories)
+
+
+def test_sample_stories_are_shown_with_where_each_begins_and_how_it_ends(train_schedule, capsys):
+    train_schedule(only=Phase(steps=1))
+    shown = capsys.readouterr().out
+    ending = r"\n\((cut off at the limit of 6|end of text after \d) tokens?\)\n\n"
+    stories = "".join(rf"> {prompt}\n(?s:.*?){ending}" for prompt in PROMPTS)
+    assert re.search(stories, shown)
 
 
 def test_a_checkpoint_says_how_its_model_came_about(train_schedule, base_run):

@@ -22,7 +22,7 @@ def baseline_label(
     """Returns the name of a baseline in tables, given the run's precision and its own."""
     family = "Mixtral" if config.num_experts else "Llama"
     mixed = "bf16 autocast" if run_dtype == torch.bfloat16 else "fp32"
-    compiled = f", compiled ({mode})" if mode else ""
+    compiled = {None: "", "default": ", compiled"}.get(mode, f", {mode}")
     return f"{family} {mixed if dtype == torch.float32 else 'bf16'}{compiled}"
 
 

@@ -12,15 +12,18 @@ CompileMode = Literal["default", "reduce-overhead"]
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Measures the training step of each phase as train.py runs it, batches included, and what the
+    """Prints tables of the speed and memory of each phase; --json FILE has all figures.
+
+    Measures the training step of each phase as train.py runs it, batches included, and what the
     machine allows: large matrix products and a large copy are timed first. `limit` is the speed of
     a step that does its products at the one rate and moves 38 bytes a parameter at the other.
     Weights are fresh and the text is random token ids, which load the experts more evenly than text
     loads trained ones. The step with data and the step without are timed in turn; models are timed
     one after the other, because together they might not fit."""
 
-    preset: str = "full"
-    """The preset whose phases are measured."""
+    preset: str = "auto"
+    """The preset whose phases are measured. `auto` takes full, or on a CPU tiny, whose measurements
+    take minutes there and those of full hours."""
     phases: tuple[int, ...] = ()
     """Measure only these phases, by number. Empty measures all of them."""
     batches: tuple[Literal["default"] | int, ...] = ("default", 64)
@@ -61,10 +64,10 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         require(
-            self.preset in PRESETS,
-            f"preset = {self.preset} is not there, only {', '.join(PRESETS)}",
+            self.preset in ("auto", *PRESETS),
+            f"preset = {self.preset} is not there, only auto, {', '.join(PRESETS)}",
         )
-        count = len(PRESETS[self.preset]().schedule)
+        count = len(PRESETS[self.preset_on("cuda")]().schedule)
         require(
             all(1 <= number <= count for number in self.phases),
             f"phases = {self.phases} must be numbers from 1 to {count}",
@@ -88,6 +91,11 @@ class BenchmarkOptions:
         )
         wanted = self.steps, self.baseline_modes, self.transitions, self.tokenize, self.startup
         require(any(wanted), "steps = False leaves nothing to measure")
+
+    def preset_on(self, device_type: str) -> str:
+        """Returns the preset that `preset` stands for on a kind of device."""
+        usual = "tiny" if device_type == "cpu" else "full"
+        return usual if self.preset == "auto" else self.preset
 
     @property
     def baseline_modes(self) -> list[CompileMode | None]:

@@ -30,13 +30,16 @@ class BenchmarkSetup:
         Raises:
             InputError: for a device that the machine does not have.
         """
-        preset, device = PRESETS[options.preset](), choose_device(options.device)
+        device = choose_device(options.device)
+        options = replace(options, preset=options.preset_on(device.type))
+        preset = PRESETS[options.preset]()
         if device.index is not None:
             torch.cuda.set_device(device)  # whose streams the events and the captured graphs take
         run = replace(
             preset,
             model=replace(preset.model, vocab_size=preset.model.vocab_size or LEARNED_VOCAB_SIZE),
             training=replace(preset.training, cuda_graph=options.cuda_graph),
+            precision=options.precision,
         )
         return cls(options, run, device, training_dtype(options.precision, device))
 

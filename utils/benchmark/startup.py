@@ -4,12 +4,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from config import DataConfig, require
 from utils.benchmark.options import BenchmarkOptions
-from utils.benchmark.results import ResultRow
+from utils.benchmark.results import Measurement, ResultRow
 from utils.data import prepare_corpus
 from utils.metrics.history import HISTORY_FILE
 from utils.runtime.errors import RunStopped
@@ -20,17 +21,27 @@ MAX_STARTUP_S = 600
 """Seconds to wait for a first step."""
 
 
-def measure_startup(options: BenchmarkOptions) -> Iterator[tuple[str, ResultRow]]:
-    """Yields how fast text becomes tokens and how soon a run takes its first step, as far as the
-    options ask for them, each with its kind."""
-    text, tokenizer = options.tokenize, options.tokenizer
-    if text is not None:
-        yield "tokenize", {"file": str(text), **time_tokenization(text, tokenizer)}
+def plan_startup(options: BenchmarkOptions) -> Iterator[Measurement]:
+    """Yields what to measure of the time before a run's first step, as far as the options ask for
+    it."""
+    if options.tokenize is not None:
+        tokenize = partial(measure_tokenization, options.tokenize, options.tokenizer)
+        yield Measurement(f"tokens of {options.tokenize.name}", tokenize)
     if options.startup:
-        flags = ["--device", options.device, "--precision", options.precision]
-        flags += ["--data.source", options.source, "--data.tokenizer", tokenizer]
-        first_step_s = time_startup(options.preset, flags)
-        yield "startup", {"preset": options.preset, "first_step_s": first_step_s}
+        yield Measurement("start of train.py", partial(measure_startup, options))
+
+
+def measure_tokenization(text: Path, tokenizer: str) -> Iterator[tuple[str, ResultRow]]:
+    """Yields how fast text becomes tokens."""
+    yield "tokenize", {"file": text.name, **time_tokenization(text, tokenizer)}
+
+
+def measure_startup(options: BenchmarkOptions) -> Iterator[tuple[str, ResultRow]]:
+    """Yields how soon a run takes its first step."""
+    flags = ["--device", options.device, "--precision", options.precision]
+    flags += ["--data.source", options.source, "--data.tokenizer", options.tokenizer]
+    first_step_s = time_startup(options.preset, flags)
+    yield "startup", {"preset": options.preset, "first_step_s": first_step_s}
 
 
 def time_tokenization(text: Path, tokenizer: str) -> dict[str, float]:

@@ -12,42 +12,71 @@ from torch import Tensor
 
 from utils.benchmark.baselines import baseline_label, make_baseline_step
 from utils.benchmark.components import make_component_works
-from utils.benchmark.results import ResultRow, catch_out_of_memory
+from utils.benchmark.options import CompileMode
+from utils.benchmark.results import Measurement, ResultRow, catch_out_of_memory
 from utils.benchmark.roofline import DeviceRates
 from utils.benchmark.setup import BenchmarkSetup
 from utils.benchmark.timing import Work, release_memory
 from utils.metrics.throughput import AccumulatorState, MetricAccumulator
 from utils.optim.adamw import Optimizer, build_optimizer
-from utils.runtime.device import peak_memory_gb
+from utils.runtime.device import free_memory_gb, peak_memory_gb
 from utils.schedule.lr import lr_at
+from utils.schedule.memory import USABLE_SHARE, phase_memory_gb
 from utils.schedule.phases import ResolvedPhase, flops_per_token, resolve_phases
 from utils.training.init_from import InitSource
 from utils.training.step import batches, make_train_step
 
 RANDOM_TOKENS = 1 << 20
 """Length of the text from which batches are drawn."""
+EXPECTED_OF_LIMIT = 0.3
+"""Share of the machine's limit that steps are expected to reach, to tell how long they will take:
+the presets full and tiny reach 0.23 to 0.4 on a CPU, and more on a GPU."""
 
 
-def measure_steps(setup: BenchmarkSetup) -> Iterator[tuple[str, ResultRow]]:
-    """Yields the device's rates, then for each phase at each batch the speed of our step, that of
-    its components, and that of each baseline, each with its kind."""
+def measure_rates(setup: BenchmarkSetup) -> DeviceRates | None:
+    """Returns what the device does at best, which steps are compared with; None where the options
+    ask for no step."""
     options = setup.options
     if not (options.steps or options.baseline_modes):
-        return
-    rates = DeviceRates.measure(setup.device, setup.dtype, options.repeats, options.warm_up)
-    yield "rates", rates._asdict()
+        return None
+    return DeviceRates.measure(setup.device, setup.dtype, options.repeats, options.warm_up)
+
+
+def plan_steps(setup: BenchmarkSetup, rates: DeviceRates) -> Iterator[Measurement]:
+    """Yields what to measure for each phase at each batch: our step with its components, and each
+    baseline."""
+    options = setup.options
     chosen = filter(setup.has_phase, resolve_phases(setup.run))
     sized = (
         replace(phase, batch_size=phase.batch_size if size == "default" else size)
         for phase, size in product(chosen, options.batches)
     )
     for phase in dict.fromkeys(sized):
+        where = f"phase {phase.number}, batch {phase.batch_size}"
+        limit_s = rates.step_limit_s(phase.config, phase.tokens_per_step)
+        runs = 0 if memory_error(phase, setup) else options.warm_up + options.repeats
+        runs_s = runs * limit_s / EXPECTED_OF_LIMIT
         if options.steps:
-            yield from measure_own_step(phase, rates, setup)
+            own = partial(measure_own_step, phase, rates, setup)
+            # With data, without, and the components, which make up about one more.
+            yield Measurement(f"{where}: this project", own, 3 * runs_s)
         for mode, dtype in product(options.baseline_modes, (torch.float32, torch.bfloat16)):
             label = baseline_label(phase.config, setup.dtype, dtype, mode)
-            make_step = partial(make_baseline_step, phase, setup, dtype, mode)
-            yield "steps", measure_step(label, make_step, phase, rates, setup)
+            baseline = partial(measure_baseline, label, phase, rates, setup, dtype, mode)
+            yield Measurement(f"{where}: {label}", baseline, runs_s)
+
+
+def measure_baseline(
+    label: str,
+    phase: ResolvedPhase,
+    rates: DeviceRates,
+    setup: BenchmarkSetup,
+    dtype: torch.dtype,
+    mode: CompileMode | None,
+) -> Iterator[tuple[str, ResultRow]]:
+    """Yields the speed of a baseline's step."""
+    make_step = partial(make_baseline_step, phase, setup, dtype, mode)
+    yield "steps", measure_step(label, make_step, phase, rates, setup)
 
 
 def measure_own_step(
@@ -109,6 +138,8 @@ def measure_step(
         "active_params": config.num_active_params,
         "limit_tokens_per_s": tokens / limit_s,
     }
+    if (error := memory_error(phase, setup)) is not None:
+        return row | {"error": error}
     release_memory(setup.device)
     with catch_out_of_memory(row):
         step_s, *without_data_s = setup.time(*make_works())
@@ -123,6 +154,14 @@ def measure_step(
             "peak_memory_gb": peak_memory_gb(setup.device),
         }
     return row
+
+
+def memory_error(phase: ResolvedPhase, setup: BenchmarkSetup) -> str | None:
+    """Returns what a phase needs where a CPU's memory is too small for it: the system would end the
+    process, where a GPU raises an error."""
+    need, free = phase_memory_gb(phase, setup.run, setup.device), free_memory_gb(setup.device)
+    is_too_large = setup.device.type == "cpu" and free is not None and need > USABLE_SHARE * free
+    return f"needs {need:,.0f} GB" if is_too_large else None
 
 
 def time_components(

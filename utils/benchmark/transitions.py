@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from transfer import TrainState, apply_plan, grow, make_plan
-from utils.benchmark.results import ResultRow, catch_out_of_memory
+from utils.benchmark.results import Measurement, ResultRow, catch_out_of_memory
 from utils.benchmark.setup import BenchmarkSetup
-from utils.benchmark.steps import make_training
+from utils.benchmark.steps import make_training, memory_error
 from utils.benchmark.timing import release_memory, time_in_turn
 from utils.runtime.device import peak_memory_gb
 from utils.schedule.phases import ResolvedPhase, resolve_phases
@@ -20,14 +20,25 @@ MAX_REPEATS = 5
 """Largest number of timed runs: the model before the growth is made anew for each of them."""
 
 
-def measure_transitions(setup: BenchmarkSetup) -> Iterator[tuple[str, ResultRow]]:
-    """Yields the time and memory of the growth into each phase, each with its kind."""
+def plan_transitions(setup: BenchmarkSetup) -> Iterator[Measurement]:
+    """Yields what to measure of the growth into each phase, if the options ask for it."""
     for before, after in pairwise(resolve_phases(setup.run)):
         if setup.options.transitions and after.growth is not None and setup.has_phase(after):
-            row: ResultRow = {"name": f"{before.name} -> {after.name}"}
-            with catch_out_of_memory(row):
-                row |= time_transition(before, after, setup)
-            yield "transitions", row
+            name = f"{before.name} -> {after.name}"
+            yield Measurement(name, partial(measure_transition, name, before, after, setup))
+
+
+def measure_transition(
+    name: str, before: ResolvedPhase, after: ResolvedPhase, setup: BenchmarkSetup
+) -> Iterator[tuple[str, ResultRow]]:
+    """Yields the time and memory of a growth."""
+    row: ResultRow = {"name": name}
+    if (error := memory_error(after, setup)) is not None:
+        row["error"] = error
+    else:
+        with catch_out_of_memory(row):
+            row |= time_transition(before, after, setup)
+    yield "transitions", row
 
 
 def time_transition(

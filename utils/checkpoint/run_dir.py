@@ -201,6 +201,28 @@ def new_folder(out: Path) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Returns the checkpoint that `path` is, or that of the last phase that the run in the folder
+    `path` has finished.
+
+    Raises:
+        InputError: for a folder that holds no run, or a run that has finished no phase.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / HISTORY_FILE).is_file():
+        files = sorted(file.name for file in path.glob("*.pt"))
+        if (path / "config.json").is_file():
+            hint = f": python -m utils.hf import {path} MODEL.pt makes a checkpoint of that model"
+        else:
+            hint = f": name one of its files ({list_some(files)})" if files else ""
+        raise InputError(f"{path} holds no run (there is no {HISTORY_FILE}){hint}")
+    events = select_events(read_history(path / HISTORY_FILE), "checkpoint")
+    trained = [event["path"] for event in events if event["trained"]]
+    require(bool(trained), f"{path}: the run has finished no phase yet, so it has no trained model")
+    return path / trained[-1]
+
+
 def existing_ancestor(path: Path) -> Path:
     """Returns a path, or the nearest of the folders above it that exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

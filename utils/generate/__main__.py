@@ -1,6 +1,7 @@
 """Writes stories with a trained model:
 
-python -m utils.generate CHECKPOINT "Once upon a time" "One day"
+python -m utils.generate runs/full "Once upon a time" "One day"
+python -m utils.generate runs/full                                  (prompts are then typed)
 """
 
 import sys
@@ -19,11 +20,14 @@ def main(
     device: str = "auto",
     unchecked: bool = False,
 ) -> None:
-    """Prints the stories that a checkpoint's model makes of prompts, while it writes them.
+    """Prints the stories that a model makes of prompts, while it writes them. Each begins with its
+    prompt behind "> " and ends with a line that says whether the model ended the text or `length`
+    did.
 
     Args:
-        checkpoint: The .pt file of a run.
-        prompts: How each story begins.
+        checkpoint: The .pt file of a run, or a run's folder, whose last trained model is taken.
+        prompts: How each story begins. Without any, each line typed or piped in is one; an empty
+            line or Ctrl-D ends what is typed.
         length: The most tokens to add to each prompt. A text longer than the model's context takes
             long, and only its end is seen.
         sampling: How the next token is drawn.

@@ -1,12 +1,24 @@
 """Stories that a trained model writes.
 
+A story is a prompt behind `> `, what the model adds to it, and how that ended:
+
+    > Once upon a time
+    , there was a little cat.
+    (end of text after 8 tokens)
+
 Shapes are as in model.py: B texts, T tokens, V tokens of the vocabulary, and C candidates.
 """
 
+import io
+import sys
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -14,15 +26,19 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from config import require
+from config import InputError, require
 from models import SLM, KVCache
 from utils.checkpoint.model import load_checkpoint
+from utils.checkpoint.run_dir import find_checkpoint
 from utils.generate.sampling import Sampling
 from utils.runtime.cli import decode_argument
 from utils.runtime.device import choose_device
+from utils.runtime.signals import Stopped
 from utils.text.special_tokens import start_ids
 from utils.text.tokenizer import check_token_ids
 
+PROMPT_MARK = "> "
+"""Stands in front of each line of a prompt."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """Stands for bytes that are no character."""
 TextTokens = Iterator[tuple[int, int | None]]
@@ -131,6 +147,15 @@ def encode_prompts(
     return starts
 
 
+class Story(NamedTuple):
+    """A prompt and how a model continues it."""
+
+    prompt: str
+    continuation: str
+    ending: str
+    """How it ended, as `describe_story_end` says it."""
+
+
 def write_stories(
     model: SLM,
     tokenizer: Tokenizer,
@@ -138,23 +163,60 @@ def write_stories(
     prompts: Sequence[str],
     length: int,
     sampling: Sampling,
-) -> list[str]:
-    """Returns each of `prompts` and how the model continues it, in up to `length` tokens.
+) -> list[Story]:
+    """Returns a story for each of `prompts`, to which the model adds up to `length` tokens.
 
     Raises:
         InputError: for a prompt that `encode_prompts` refuses.
     """
     starts = encode_prompts(tokenizer, prompts, model.config.vocab_size)
     added = generate(model, starts, length, stop_ids, sampling)
-    return [tokenizer.decode(start + more) for start, more in zip(starts, added, strict=True)]
+    return [
+        Story(
+            prompt,
+            tokenizer.decode(start + more)[len(tokenizer.decode(start)) :],
+            describe_story_end(len(more), length),
+        )
+        for prompt, start, more in zip(prompts, starts, added, strict=True)
+    ]
+
+
+def format_story(story: Story) -> str:
+    """Returns a story with the marks that say where it begins, where the model goes on, and where
+    and how it ends."""
+    return f"{mark_prompt(story.prompt)}\n{story.continuation}\n{story.ending}"
+
+
+def mark_prompt(prompt: str) -> str:
+    """Returns a prompt with PROMPT_MARK in front of each of its lines."""
+    return "\n".join(PROMPT_MARK + line for line in prompt.split("\n"))
+
+
+def describe_story_end(tokens: int, length: int) -> str:
+    """Returns how a continuation ended that has so many tokens and could have `length`."""
+    if tokens == length:
+        return f"(cut off at the limit of {length} tokens)"
+    return f"(end of text after {tokens} token{'s' * (tokens != 1)})"
 
 
 def stream_stories(
-    tokenizer: Tokenizer, starts: list[list[int]], drawn: TextTokens
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    starts: list[list[int]],
+    drawn: TextTokens,
+    length: int,
 ) -> Iterator[str]:
-    """Yields stories, one after the other with an empty line between them, in parts that come as
-    soon as their tokens are drawn."""
-    waiting = [deque[int | None](start) for start in starts]
+    """Yields stories as `format_story` tells them, one after the other with an empty line between
+    them, in parts that come as soon as their tokens are drawn.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: How each story begins.
+        starts: The tokens of each prompt.
+        drawn: The tokens that are added, as `draw_tokens` yields them.
+        length: The most tokens that could be added to each.
+    """
+    waiting = [deque[int | None]() for _ in starts]
 
     def tokens_of(story: int) -> Iterator[int]:
         while True:
@@ -165,24 +227,55 @@ def stream_stories(
                 return
             yield token
 
-    for i in range(len(starts)):
-        yield from stream_text(tokenizer, tokens_of(i))
-        yield "\n\n" if i + 1 < len(starts) else "\n"
+    for i, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+        yield ("\n" if i else "") + mark_prompt(prompt) + "\n"
+        yield from stream_continuation(tokenizer, start, tokens_of(i), length)
 
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yields the text of some tokens in parts: each character as soon as all its bytes have come,
-    and at the end what is left of bytes that are no character."""
+def stream_continuation(
+    tokenizer: Tokenizer, start: list[int], tokens: Iterable[int], length: int
+) -> Iterator[str]:
+    """Yields in parts what up to `length` tokens add to the tokens `start`, and how that ended, on
+    a line of its own."""
+    count = yield from stream_text(tokenizer, start, tokens)
+    yield f"\n{describe_story_end(count, length)}\n"
+
+
+def stream_text(
+    tokenizer: Tokenizer, start: list[int], tokens: Iterable[int]
+) -> Generator[str, None, int]:
+    """Yields the text that some tokens add to the tokens `start`, in parts: each character as soon
+    as all its bytes have come, and at the end what is left of bytes that are no character. Returns
+    how many tokens they were."""
     stream, ids, length = DecodeStream(skip_special_tokens=True), [], 0
-    for token in tokens:
+    skip = len(tokenizer.decode(start))
+    for token in chain(start, tokens):
         ids.append(token)
         try:
             part = stream.step(tokenizer, token) or ""
         except Exception:  # bytes that it took for a character are none with the next one
             stream, part = DecodeStream(skip_special_tokens=True), REPLACEMENT
+        yield part[max(0, skip - length) :]
         length += len(part)
-        yield part
-    yield tokenizer.decode(ids)[length:]
+    yield tokenizer.decode(ids)[max(skip, length) :]
+    return len(ids) - len(start)
+
+
+def read_prompts(is_chat: bool) -> Iterator[str]:
+    """Yields prompts from standard input, one a line: those typed at a PROMPT_MARK until an empty
+    line or Ctrl-D, or without `is_chat` all lines that are not empty."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are decoded
+    if not is_chat:
+        yield from filter(str.strip, (line.rstrip("\r\n") for line in sys.stdin))
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` a history and keys to edit with
+    try:
+        while line := input(PROMPT_MARK):
+            yield line
+    except EOFError:
+        print()
 
 
 def print_stories(
@@ -193,20 +286,70 @@ def print_stories(
     device: str,
     unchecked: bool,
 ) -> None:
-    """Prints the stories that a checkpoint's model makes of prompts, while it writes them. See
-    `python -m utils.generate --help` for the options.
+    """Prints the stories that a model makes of prompts, or of the lines of standard input, while it
+    writes them. See `python -m utils.generate --help` for the options.
 
     Raises:
         InputError: for options, a checkpoint or prompts that cannot be used.
     """
     require(length >= 0, f"length = {length} must not be negative")
-    require(len(prompts) > 0, "prompts = () is empty: say how a story begins")
-    saved = load_checkpoint(checkpoint, unchecked)
+    path = find_checkpoint(checkpoint)
+    saved = load_checkpoint(path, unchecked)
     tokenizer = Tokenizer.from_str(saved.tokenizer)
-    starts = encode_prompts(tokenizer, prompts, saved.config.vocab_size)
+    vocab_size, stop_ids = saved.config.vocab_size, saved.special_tokens.stop_ids
+    starts = encode_prompts(tokenizer, prompts, vocab_size)
     # An imported model may have a router in float32 between layers in bfloat16.
     dtype = reduce(torch.promote_types, (weight.dtype for weight in saved.weights.values()))
     model = saved.state.model().to(choose_device(device), dtype)
-    drawn = draw_tokens(model, starts, length, saved.special_tokens.stop_ids, sampling)
-    for part in stream_stories(tokenizer, starts, drawn):
+    if path != checkpoint:
+        print(f"{path}: phase {saved.phase_name}", file=sys.stderr)
+    try:
+        if prompts:
+            drawn = draw_tokens(model, starts, length, stop_ids, sampling)
+            print_parts(stream_stories(tokenizer, prompts, starts, drawn, length))
+        else:
+            answer_lines(model, tokenizer, stop_ids, length, sampling)
+    except Stopped:
+        print()  # ends the line that was being written
+        raise
+
+
+def answer_lines(
+    model: SLM, tokenizer: Tokenizer, stop_ids: Collection[int], length: int, sampling: Sampling
+) -> None:
+    """Prints the story that each line of standard input begins, before it reads the next. In a
+    terminal, where the line stands already, what the model adds to it, and what is wrong with it.
+
+    Raises:
+        InputError: for an input without a line, and for one that `encode_prompts` refuses, unless
+            it was typed.
+    """
+    is_chat = sys.stdin.isatty() and sys.stdout.isatty()
+    if sys.stdin.isatty():
+        print("each line is a prompt; Ctrl-D ends", file=sys.stderr)
+    count = 0
+    for prompt in read_prompts(is_chat):
+        try:
+            starts = encode_prompts(tokenizer, [prompt], model.config.vocab_size)
+        except InputError as error:
+            if not is_chat:
+                raise
+            print(f"error: {error}")
+            continue
+        own = replace(sampling, seed=sampling.seed + count)
+        drawn = draw_tokens(model, starts, length, stop_ids, own)
+        if is_chat:
+            tokens = (token for _, token in drawn if token is not None)
+            print_parts(stream_continuation(tokenizer, starts[0], tokens, length))
+            print()
+        else:
+            print("\n" * bool(count), end="")
+            print_parts(stream_stories(tokenizer, [prompt], starts, drawn, length))
+        count += 1
+    require(is_chat or count > 0, "prompts = () is empty, and standard input holds none")
+
+
+def print_parts(parts: Iterable[str]) -> None:
+    """Prints each part of a text as soon as it comes."""
+    for part in parts:
         print(part, end="", flush=True)

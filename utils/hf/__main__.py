@@ -27,7 +27,7 @@ def run_export(
     The folder is written only if transformers, reading it, computes the same logits.
 
     Args:
-        checkpoint: A .pt file of a run.
+        checkpoint: A .pt file of a run, or a run's folder, whose last trained model is taken.
         folder: The folder to write.
         dtype: Round the weights to it. None leaves each as it is.
         overwrite: Replace a model that is there.

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from config import require
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint.run_dir import find_checkpoint
 from utils.hf.config_json import to_hf_config
 from utils.hf.model_folder import (
     describe_model,
@@ -45,6 +46,7 @@ def export_checkpoint(
         RunStopped: if transformers computes something else.
     """
     require_transformers()
+    checkpoint = find_checkpoint(checkpoint)
     saved = load_in_dtype(checkpoint, dtype, unchecked)
     context = max(saved.config.seq_len, saved.max_seq_len)
     hf_config = to_hf_config(replace(saved.config, seq_len=context), saved.load_balance_coef)

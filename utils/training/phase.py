@@ -10,7 +10,7 @@ from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
 from utils.checkpoint.resume import TrainingProgress
 from utils.generate.sampling import Sampling
-from utils.generate.stories import encode_prompts, write_stories
+from utils.generate.stories import Story, encode_prompts, format_story, write_stories
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
@@ -130,7 +130,7 @@ def advise_lower_lr(phase: ResolvedPhase, run: Run) -> Iterator[None]:
 def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> None:
     """Writes a trained phase's checkpoint and sample stories, and records them."""
     with explain_out_of_memory(phase, context.run.training.micro_batch_size):
-        samples = sample_stories(state, context)
+        stories = sample_stories(state, context)
         save_model(state, phase, context, phase.checkpoint, trained=True)
     context.record(
         phase,
@@ -141,15 +141,15 @@ def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> 
         active_params=phase.config.num_active_params,
         phase_tokens=phase.tokens,
         phase_s=context.history.now() - context.phase_started_s,
-        samples=samples,
+        samples=[story.prompt + story.continuation for story in stories],
         **last_metrics(read_history(context.history.path), phase.number),
     )
-    if samples:
-        stories = "\n".join(f"  > {' '.join(text.split())}" for text in samples)
-        tqdm.write(wrap_lines(f"stories by the model of {phase}:\n{stories}"))
+    if stories:
+        text = "\n\n".join(map(format_story, stories))
+        tqdm.write(wrap_lines(f"stories by the model of {phase}:\n\n{text}\n", indent=0))
 
 
-def sample_stories(state: TrainState, context: RunContext) -> list[str]:
+def sample_stories(state: TrainState, context: RunContext) -> list[Story]:
     """Returns a story for each of PROMPTS that has tokens, drawn with the run's seed. The
     model computes in its weights' own precision: casting them for every token would take longer
     than the products."""
