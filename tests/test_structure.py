@@ -49,6 +49,7 @@ COMMANDS = {
 
 LATE_LIBRARIES = {
     "datasets", "huggingface_hub", "matplotlib", "pyarrow", "tensorboard", "transformers", "tyro",
+    "wandb",
 }  # fmt: skip
 """Libraries that only what uses them imports: a call of the functions that train works without
 them, and each costs time at every start."""
@@ -165,13 +166,15 @@ def test_training_starts_without_the_libraries_that_it_may_not_need():
 
 def test_every_library_is_declared_and_pinned_to_a_version_that_is_allowed():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     required = list(map(Requirement, project["project"]["dependencies"]))
-    tools = map(Requirement, project["dependency-groups"]["dev"])
-    allowed = {library.name: library.specifier for library in [*required, *tools]}
-    assert pins.keys() == allowed.keys()
-    assert not {name: pin for name, pin in pins.items() if pin not in allowed[name]}
+    tests, lint = (map(Requirement, project["dependency-groups"][name]) for name in ("dev", "lint"))
+    files = {"requirements.txt": [*required, *tests], "requirements-lint.txt": list(lint)}
+    for file, libraries in files.items():
+        lines = (ROOT / file).read_text().splitlines()
+        pins = dict(line.split("==") for line in lines)
+        allowed = {library.name: library.specifier for library in libraries}
+        assert pins.keys() == allowed.keys(), file
+        assert not {name: pin for name, pin in pins.items() if pin not in allowed[name]}, file
     imported = {
         canonicalize_name(module.split(".")[0])
         for path in source_files()
