@@ -626,7 +626,7 @@ class DataConfig:
         )
 
 
-TrackerName = Literal["none", "tensorboard"]
+TrackerName = Literal["none", "tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -654,8 +654,9 @@ class Run:
     """Precision of the training step; weights and optimizer are float32. `auto` takes bf16 on CUDA
     and on CPUs that compute it natively (AVX512-BF16, AMX)."""
     tracker: TrackerName = "none"
-    """Send the history's numbers to a tracker too: tensorboard (`pip install tensorboard`) finds
-    them in `out`/tensorboard. If the tracker fails, the run goes on without it."""
+    """Send the history's numbers, the growths and the picture to a tracker too: tensorboard (`pip
+    install tensorboard`) finds them in `out`/tensorboard, wandb is Weights & Biases (`pip install
+    wandb`). If the tracker fails, the run goes on without it."""
     resume: bool = False
     """Go on exactly where the run in `out` stopped. From there on rates, steps, batch sizes and the
     like may be others: those that the command line sets; the rest stay as the run was left. A run

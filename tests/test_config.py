@@ -185,7 +185,7 @@ def test_the_message_says_what_would_do(kind, field, value, wanted):
         (Run, {"seed": -1}, "seed = -1"),
         (Run, {"seed": 2**63}, "seed = 9223372036854775808"),
         (Run, {"precision": "fp16"}, "precision = 'fp16'"),
-        (Run, {"tracker": "wandb"}, "tracker = 'wandb'"),
+        (Run, {"tracker": "wand"}, "tracker = 'wand'"),
         (Run, {"resume": True, "overwrite": True}, "resume goes on with what overwrite"),
         (
             Run,

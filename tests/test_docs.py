@@ -8,7 +8,9 @@ from pathlib import Path
 from train import main
 from utils.experiment.records import report_of, split_runs
 from utils.metrics.history import read_history, select_events
+from utils.metrics.history_fields import ALWAYS, EVENT_TIMES, HISTORY_FIELDS
 from utils.runtime.cli import find_preset, parse_run
+from utils.runtime.formatting import format_markdown_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
@@ -56,6 +58,27 @@ def test_the_schedule_of_ones_own_runs(tmp_path, monkeypatch):
     flags += " ".join(f"--phases.{phase}.steps 1" for phase in phases)
     main(parse_run([name, *flags.split()]))
     assert all(Path("run", f"{phase}_final.pt").exists() for phase in phases)
+
+
+def field_tables() -> str:
+    """What a history may hold, in Markdown: a table for each event."""
+    tables = [("In every line", "", ALWAYS)]
+    tables += [(f"`{event}`", EVENT_TIMES[event], HISTORY_FIELDS[event]) for event in EVENT_TIMES]
+    parts = []
+    for title, time, fields in tables:
+        rows = [("field", "meaning"), *((f"`{name}`", doc) for name, doc in fields.items())]
+        table = "\n".join(format_markdown_table(rows))
+        parts += [part for part in (f"### {title}", time, table) if part]
+    return "\n\n".join(parts)
+
+
+def test_the_tables_of_the_historys_fields_are_those_that_the_code_declares():
+    page = (ROOT / "docs" / "history.md").read_text()
+    (tables,) = re.findall(
+        r"<!-- fields of the history -->\n\n(.*?)\n*<!-- end of fields -->", page, re.S
+    )
+    assert HISTORY_FIELDS.keys() == EVENT_TIMES.keys()
+    assert tables == field_tables(), f"docs/history.md must say:\n\n{field_tables()}"
 
 
 def test_links_between_documents_lead_somewhere():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from config import Deepen, Run, TrainingConfig, Upcycle, tiny
+from config import Deepen, Run, TrackerName, TrainingConfig, Upcycle, tiny
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history
 
 MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
@@ -31,12 +31,14 @@ RUN_FILES = {*CHECKPOINTS, HISTORY_FILE, PLOT_FILE}
 """All that a finished run leaves."""
 
 
-def small_run(folder: Path, training: TrainingConfig = FOUR_PHASES) -> Run:
+def small_run(
+    folder: Path, training: TrainingConfig = FOUR_PHASES, tracker: TrackerName = "none"
+) -> Run:
     """Returns a run on the CPU that writes into `folder`/run and keeps its tokens in
     `folder`/cache."""
     data = replace(tiny().data, num_stories=200, cache=folder / "cache")
     out = folder / "run"
-    return Run(model=MODEL, training=training, data=data, out=out, device="cpu")
+    return Run(model=MODEL, training=training, data=data, out=out, device="cpu", tracker=tracker)
 
 
 def comparable_history(out: Path) -> list[dict]:

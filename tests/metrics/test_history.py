@@ -1,8 +1,12 @@
 import json
 import re
+from functools import partial
 from pathlib import Path
 
+import pandas
 import pytest
+import torch
+from torch.testing import assert_close
 
 from config import InputError
 from utils.metrics.history import (
@@ -120,7 +124,6 @@ for_each_recorded_history = pytest.mark.parametrize(
 
 @for_each_recorded_history
 def test_pandas_reads_a_column_for_each_field(path):
-    pandas = pytest.importorskip("pandas")
     frame, events = pandas.read_json(path, lines=True), read_history(path)
     assert len(frame) == len(events) and set(frame) == set().union(*events)
     for name in ("wall_s", "tokens", "loss", "valid_loss", "lr", "grad_norm", "tokens_per_s"):
@@ -130,15 +133,31 @@ def test_pandas_reads_a_column_for_each_field(path):
 
 
 @for_each_recorded_history
-def test_what_the_documentation_does_with_pandas_runs(path, monkeypatch):
-    pytest.importorskip("pandas")
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    text = "\n".join(page.read_text() for page in pages)
-    blocks = re.findall(r"^```python\n(import pandas.*?)^```", text, re.S | re.M)
-    assert blocks
-    monkeypatch.chdir(path.parent)
-    for block in blocks:
-        exec(block.replace("checkpoints/", ""), {})
+def test_the_losses_that_the_documentation_draws_are_the_recorded_ones(path, monkeypatch, tmp_path):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "history.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    assert "checkpoints/" in code
+    names = {}
+    exec(code.replace("checkpoints/", f"{path.parent}/"), names)
+    names["pyplot"].close(names["figure"])
+    training, validation = (line.get_xydata().tolist() for line in names["axes"].lines)
+    events = read_history(path)
+    as_float64 = partial(torch.tensor, dtype=torch.float64)
+    for drawn, kind, name in ((training, "step", "loss"), (validation, "eval", "valid_loss")):
+        recorded = [[event["tokens"], event[name]] for event in select_events(events, kind)]
+        assert_close(as_float64(drawn), as_float64(recorded))
+    assert (tmp_path / "losses.png").stat().st_size
+
+
+def test_a_field_that_is_not_declared_is_not_written(tmp_path):
+    path = tmp_path / HISTORY_FILE
+    with History(path) as history:
+        history("step", loss=1.0)
+        with pytest.raises(AssertionError, match=r"HISTORY_FIELDS\['step'\] lacks lr_mean"):
+            history("step", loss=1.0, lr_mean=0.1)
+    assert len(read_history(path)) == 1
 
 
 def test_what_a_growth_cost_is_free_of_what_the_precision_of_training_does_to_a_loss():

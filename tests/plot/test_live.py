@@ -45,7 +45,7 @@ def plain(run):
 @pytest.mark.parametrize("cost", [0.3, 3.0, 40.0])
 def test_drawing_takes_no_more_than_its_share_and_goes_on_all_the_while(cost, tmp_path):
     clock, drawn = Clock(), []
-    live_plot = LivePlot(tmp_path, clock)
+    live_plot = LivePlot(tmp_path, clock=clock)
 
     def draw():
         drawn.append(clock.now)

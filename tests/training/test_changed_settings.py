@@ -1,8 +1,9 @@
 """A run that is resumed with other settings: they hold from there on, and the run says so."""
 
 import re
+from collections import defaultdict
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,14 @@ from utils.checkpoint.model import load_checkpoint
 from utils.checkpoint.run_dir import is_finished
 from utils.data import get_batch, prepare_corpus
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
+from utils.metrics.history_fields import ALWAYS, HISTORY_FIELDS
 from utils.plot.figure import make_figure
 from utils.runtime.cli import parse_run
 from utils.schedule.lr import lr_at
 from utils.schedule.phases import resolve_phases
 from utils.training.step import batches
 
+DOCS = Path(__file__).parents[2] / "docs"
 FLAT = replace(TRAINING, warmup_fraction=0.0, min_lr_ratio=1.0, log_every=1)
 
 
@@ -159,6 +162,20 @@ def test_every_step_after_a_change_is_adamws_with_the_new_settings(base_run, tmp
     (trained,) = select_events(events, "checkpoint")
     assert trained["phase_tokens"] == events[-1]["tokens"] == tokens[-1]
     assert load_checkpoint(tmp_path / "only_final.pt").tokens == tokens[-1]
+
+
+def test_every_field_that_is_declared_is_written_by_some_run_and_no_other(
+    base_run, finished, tmp_path
+):
+    """The histories in docs/ were written on a GPU and thinned."""
+    run = one_phase(base_run, tmp_path)
+    stop_run(run, 3)
+    resume_phase(run, lr=1e-3)
+    written = defaultdict(set)
+    paths = [out / HISTORY_FILE for out in (tmp_path, finished.out)]
+    for event in chain.from_iterable(map(read_history, [*paths, *DOCS.rglob("*.jsonl")])):
+        written[event["event"]] |= event.keys() - ALWAYS.keys()
+    assert written == {event: set(fields) for event, fields in HISTORY_FIELDS.items()}
 
 
 def test_changes_are_recorded_printed_and_drawn(base_run, tmp_path, capsys):

@@ -8,6 +8,7 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from config import InputError, require
+from utils.metrics.history_fields import HISTORY_FIELDS
 from utils.runtime.atomic_io import atomic_file, explain_write_errors
 
 HISTORY_FILE = "training_history.jsonl"
@@ -55,7 +56,10 @@ class History:
             also(event)
 
     def __call__(self, event: str, **values: object) -> None:
-        """Appends an event. Raises ValueError for a value that JSON cannot hold."""
+        """Appends an event, whose fields HISTORY_FIELDS declares. Raises ValueError for a value
+        that JSON cannot hold."""
+        undeclared = values.keys() - HISTORY_FIELDS[event].keys()
+        assert not undeclared, f"HISTORY_FIELDS[{event!r}] lacks {', '.join(sorted(undeclared))}"
         line = {"event": event, "wall_s": self.now(), **values}
         self.file.write(encode_event(line))
         self.file.flush()

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,14 +19,20 @@ FIRST_DRAWING_S = 1.0
 class LivePlot:
     """Draws a run's picture again and again, as often as MAX_TIME_SHARE of its time allows."""
 
-    def __init__(self, out: Path, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        out: Path,
+        show: Callable[[Path], None] = lambda picture: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         """Begins to count the run's time.
 
         Args:
             out: The run's folder, which holds its history and gets the picture.
+            show: Called with each picture that has been drawn.
             clock: Seconds from any origin.
         """
-        self.draw = BestEffort(f"drawing {out / PLOT_FILE}", partial(plot, [out]), tqdm.write)
+        self.draw = BestEffort(f"drawing {out / PLOT_FILE}", lambda: show(plot([out])), tqdm.write)
         self.clock, self.started_s = clock, clock()
         self.drawing_s, self.last_drawing_s = 0.0, FIRST_DRAWING_S
 

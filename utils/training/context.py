@@ -1,8 +1,10 @@
 """A run from its checks to its end: what all phases share, and the order in which it is set up."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,7 @@ from utils.data import (
 )
 from utils.metrics.console import change_lines, run_header, run_summary
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history, run_record
-from utils.metrics.tracker import start_tracker
+from utils.metrics.tracker import RunTracker, check_tracker
 from utils.optim.adamw import place_state
 from utils.plot.figure import plot
 from utils.plot.live import LivePlot
@@ -121,8 +123,10 @@ class RunContext:
         history: History,
         checkpointer: ResumeCheckpointer | None = None,
         resume_point: ResumePoint | None = None,
+        show_picture: Callable[[Path], None] = lambda picture: None,
     ) -> "RunContext":
-        """Returns the context of a run whose folder is held and whose history is open."""
+        """Returns the context of a run whose folder is held and whose history is open.
+        `show_picture` is called with each picture that is drawn while the run goes on."""
         run, device = setup.run, setup.device
         probe = spread_windows(setup.corpus.valid, run.model.seq_len, run.training.probe_sequences)
         valid = setup.valid
@@ -138,7 +142,7 @@ class RunContext:
             ),
             history=history,
             checkpointer=checkpointer,
-            live_plot=LivePlot(run.out),
+            live_plot=LivePlot(run.out, show_picture),
             init_source=setup.init_source,
             resume_point=resume_point,
         )
@@ -184,6 +188,7 @@ class RunContext:
             "run",
             config=asdict(run),
             seed=run.seed,
+            started_unix_s=time.time(),
             corpus=corpus.name,
             fallback=corpus.is_fallback,
             tokenizer=corpus.tokenizer_name,
@@ -227,6 +232,7 @@ def check_run(run: Run) -> InitSource:
     init_source = InitSource.from_run(run)
     phases = resolve_phases(init_source.run, init_source.growth_history)
     check_step_options(init_source.run, phases, device)
+    check_tracker(run.tracker)
     if run.resume or not run.dry_run:
         check_run_dir(run, phases)
     return init_source
@@ -326,12 +332,12 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
     """
     run = setup.run
     # A notebook, too, interrupts between two steps.
-    with raise_on_signals(), lock_run_dir(run.out), explain_how_to_resume(run.out):
+    tracker = RunTracker(run.tracker, run.out)
+    with raise_on_signals(), lock_run_dir(run.out), explain_how_to_resume(run.out), tracker:
         fingerprint = setup.fingerprint()
         point = resume_or_clear(run, setup.phases, fingerprint)
         length = point.progress.history_bytes if point else None
-        track = start_tracker(run.tracker, run.out)
-        with History(run.out / HISTORY_FILE, length=length, also=track) as history:
+        with History(run.out / HISTORY_FILE, length=length, also=tracker.send_event) as history:
             is_as_kept = point is not None and not point.changes
             kept = point.progress if point and is_as_kept else None
             checkpointer = ResumeCheckpointer(run, fingerprint, history, kept)
@@ -341,12 +347,15 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
             if run.resume:
                 lines = change_lines(read_history(history.path))
                 tqdm.write(wrap_lines("\n".join([setup.header(), *lines])))
-            context = RunContext.from_setup(setup, history, checkpointer, point)
+            context = RunContext.from_setup(
+                setup, history, checkpointer, point, tracker.send_picture
+            )
             del point  # so that the loaded state can be freed
             yield context
             last = setup.phases[-1]
             history("end", tokens=last.tokens_at(last.steps))
         write_results(run)
+        tracker.send_picture(run.out / PLOT_FILE, is_last=True)
 
 
 def record_changes(
