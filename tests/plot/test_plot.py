@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from numpy.testing import assert_allclose
 
 from config import InputError
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, select_events
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, select_events, write_history
 from utils.plot.axis import X_LABELS, format_x, place_events, split_phases
 from utils.plot.figure import make_figure, plot
 from utils.plot.losses import EXIT_ARROW, loss_change
@@ -71,9 +71,7 @@ def make_history(schedule, rise=0.0, has_evals=True, has_routing=True, **run):
 
 def write_run(folder, events):
     folder.mkdir(parents=True)
-    with History(folder / HISTORY_FILE) as history:
-        for event in events:
-            history(**event)
+    write_history(folder / HISTORY_FILE, events)
     return folder
 
 
