@@ -180,16 +180,17 @@ def test_a_whole_file_with_other_content_is_named_by_whoever_reads_it(
 def test_a_whole_checkpoint_is_read(folder, capsys):
     command = partial(generate_main, Path("good.pt"), ("Once",), length=3, device="cpu")
     code, output, error = capture_command(command, capsys)
-    assert code == 0 and output.startswith("Once") and not error
+    assert code == 0 and output.startswith("> Once\n") and not error
     assert compare_checkpoints(Path("good.pt"), Path("good.pt"))
 
 
 def test_a_checkpoint_that_torch_has_saved_again_is_read_if_asked_to(folder, whole_file, capsys):
     torch.save(torch.load("good.pt", weights_only=True), "again.pt")
+    stories = []
     for path in (Path("good.pt"), Path("again.pt")):
         generate_main(path, ("Once",), length=3, device="cpu", unchecked=True)
-    good, again = capsys.readouterr().out.splitlines()
-    assert good == again
+        stories.append(capsys.readouterr().out)
+    assert stories[0] == stories[1] != ""
     assert compare_checkpoints(Path("good.pt"), Path("again.pt"), unchecked=True)
     assert_refused(Path("again.pt").read_bytes(), NO_SUM, folder, capsys)
 
@@ -238,8 +239,9 @@ def test_no_single_bit_of_a_checkpoint_goes_unnoticed(folder, whole_file):
             load_checkpoint(Path("bad.pt"))
 
 
-def test_a_missing_checkpoint_and_a_folder_are_none(folder, capsys):
-    for path in (Path("none.pt"), folder):
+def test_a_missing_checkpoint_and_a_folder_without_a_run_are_none(folder, capsys):
+    phrases = {Path("none.pt"): ": there is no such ", folder: " holds no run (there is no "}
+    for path, phrase in phrases.items():
         command = partial(generate_main, path, ("Once",), device="cpu")
         code, _, error = capture_command(command, capsys)
-        assert code == 2 and error.startswith(f"error: {path}: there is no such ")
+        assert code == 2 and error.startswith(f"error: {path}{phrase}")
