@@ -203,7 +203,7 @@ def progress_line(
 ) -> str:
     """Returns an evaluation as a line, given the last metrics and how far the loss is above that
     before the phase's growth."""
-    parts = [f"{phase} step {step}/{phase.steps}", f"valid loss {last['valid_loss']:.3f}"]
+    parts = [f"{phase} {step}/{phase.steps}", f"valid loss {last['valid_loss']:.3f}"]
     if "loss" in last:
         parts += [f"train loss {last['loss']:.3f}", format_speed(last["tokens_per_s"])]
     if above_growth is not None and above_growth > NOTABLE_RISE:
