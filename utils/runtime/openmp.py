@@ -7,7 +7,7 @@ from pathlib import Path
 SPIN_COUNT, NO_SPINNING = "4000", "0"
 """Turns of a loop, some microseconds, after which a waiting thread sleeps; or at once."""
 PROCESSES = Path("/proc/stat")
-LOOKS, LOOK_EVERY_S = 3, 0.005
+NUM_LOOKS, LOOK_EVERY_S = 3, 0.005
 """How often to look at what else runs: what is there only once is no lasting load."""
 
 
@@ -28,7 +28,7 @@ def count_busy_others() -> int:
     """Returns how many other threads of the machine want a core for a while; 0 where the system
     does not tell."""
     counts = []
-    for look in range(LOOKS):
+    for look in range(NUM_LOOKS):
         if not PROCESSES.exists():
             return 0
         time.sleep(LOOK_EVERY_S * (look > 0))
