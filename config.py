@@ -704,7 +704,7 @@ def find_presets(namespace: dict[str, Any]) -> dict[str, Callable[[], Run]]:
         for name, function in namespace.items()
         if isinstance(function, FunctionType)
         and function.__module__ == namespace["__name__"]
-        and function.__annotations__.get("return") in (Run, "Run")
+        and function.__annotations__.get("return") in (Run, "Run", "config.Run")
         and all(p.default is not p.empty for p in signature(function).parameters.values())
         and not name.startswith("_")
     }

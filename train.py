@@ -45,7 +45,7 @@ def main(run: Run) -> None:
     return None
 
 
-def resumed(default: Run, out: Path) -> Run:
+def adopt_run_settings(default: Run, out: Path) -> Run:
     """Returns a preset's run with the settings that the run in `out` was left with."""
     from utils.checkpoint.resume import adopt_settings
 
@@ -53,4 +53,4 @@ def resumed(default: Run, out: Path) -> Run:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse_run(sys.argv[1:], resumed)))
+    run_command(lambda: main(parse_run(sys.argv[1:], adopt_run_settings)))

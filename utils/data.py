@@ -95,7 +95,9 @@ def prepare_corpus(
     if config.source != "auto":
         return prepare_with_any_tokenizer(config, vocab_size, warn)
     try:
-        return prepare_source(replace(config, source="tinystories"), vocab_size, warn)
+        return prepare_with_any_tokenizer(replace(config, source="tinystories"), vocab_size, warn)
+    except TokenizerUnreachable:
+        raise
     except HubUnreachable as error:
         warn(f"WARNING: no TinyStories. {error}")
         warn("Going on with the BUILT-IN stories; --data.source takes a text file or folder.")

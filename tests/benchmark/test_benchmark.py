@@ -270,7 +270,11 @@ def test_the_expected_time_is_that_of_all_runs_and_follows_from_the_options(setu
 def test_a_cpu_measures_the_small_preset_unless_another_is_asked_for(setup_of):
     assert setup_of(preset="auto").run == (setup_of(preset="tiny").run)
     assert setup_of(preset="full").run.model.d_model == full().model.d_model
-    assert BenchmarkOptions().preset_on("cuda") == BenchmarkOptions().preset_on("mps") == "full"
+    assert (
+        BenchmarkOptions().resolve_preset("cuda")
+        == BenchmarkOptions().resolve_preset("mps")
+        == "full"
+    )
 
 
 def test_progress_names_the_measurement_that_is_at_work(capsys, monkeypatch):

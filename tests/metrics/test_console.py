@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import DataConfig, Deepen, Phase, Upcycle, Widen, full
+from config import DataConfig, Deepen, Phase, TrainingConfig, Upcycle, Widen, full
 from tests.helpers.small_runs import FOUR_PHASES, small_run
 from transfer import FunctionDrift
 from utils.data import prepare_corpus, valid_windows
 from utils.metrics.console import (
     GROWTH_COLUMNS,
     GROWTH_LEGEND,
+    bar_format,
     estimate_line,
     growth_line,
+    passes_lines,
     phase_row,
     progress_line,
     run_header,
@@ -113,6 +115,8 @@ def test_the_header_of_a_resumed_run_tells_no_settings_of_what_is_done(tmp_path)
     done, *left = (phase_row(phase, run, torch.device("cpu")) for phase in phases)
     assert done[3:] == ("-", "done", "-", "-") and done[0] == "1 dense"
     assert [row[5] for row in left] == ["4 x 32", "2 x 32", "1 x 32"]
+    whole, *parts = map(float, re.findall(r"[\d.]+(?=,| times|$)", passes_lines(phases, 100)[0]))
+    assert len(parts) == 4 and sum(parts) == pytest.approx(whole, rel=0.05)
 
 
 LONG = "a-name-of-20-letters"
@@ -194,3 +198,13 @@ def test_a_column_of_memory_is_there_only_where_memory_is_measured():
     event |= {"loss": 2.0, "final_valid_loss": 2.0}
     assert "memory" not in run_summary([event])
     assert run_summary([event | {"peak_memory_gb": 0.02}]).endswith("20.0 MB")
+
+
+def test_the_name_of_a_phase_may_have_braces(tmp_path):
+    run = replace(small_run(tmp_path), training=TrainingConfig(), phases={"a{b}": Phase(steps=2)})
+    (phase,) = resolve_phases(run)
+    assert (
+        bar_format(phase, 80)
+        .format(postfix="", remaining="00:01", n_fmt=1, total_fmt=2, bar="")
+        .startswith("phase 1 (a{b}), 00:01 left")
+    )

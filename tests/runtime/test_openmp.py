@@ -49,9 +49,10 @@ def test_a_system_that_does_not_tell_what_runs_is_taken_to_be_idle(monkeypatch, 
 
 def test_it_is_limited_before_torch_is_imported():
     run_script(
-        "import sys\n"
-        "from utils.runtime import openmp\n"
+        "import os, sys\n"
         "from utils.runtime.cli import run_command\n"
-        "run_command(lambda: None)\n"
-        "assert 'torch' not in sys.modules"
+        "def command():\n"
+        "    assert {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & os.environ.keys()\n"
+        "    assert 'torch' not in sys.modules\n"
+        "run_command(command)"
     )

@@ -87,3 +87,23 @@ def test_a_file_that_is_not_there_or_cannot_be_read_is_named(tmp_path, monkeypat
     for name in ("none.py", "folder.py"):
         with pytest.raises(InputError, match=f"^{name}: .*Error: "):
             find_preset(name)
+
+
+def test_a_users_file_may_use_what_lies_beside_it_and_annotations_of_any_form(write, tmp_path):
+    (tmp_path / "sizes_of_mine.py").write_text("STEPS = 7\n")
+    text = """
+from dataclasses import dataclass
+import config
+from sizes_of_mine import STEPS
+
+@dataclass
+class Length:
+    steps: int = STEPS
+
+def mine() -> config.Run:
+    return replace(tiny(), phases={"a": Phase(steps=Length().steps)}, training=full().training)
+"""
+    name = write(text)
+    path = tmp_path / name
+    path.write_text(f"from __future__ import annotations\n{path.read_text()}")
+    assert find_preset(name).phases == {"a": Phase(steps=7)}

@@ -67,7 +67,7 @@ class BenchmarkOptions:
             self.preset in ("auto", *PRESETS),
             f"preset = {self.preset} is not there, only auto, {', '.join(PRESETS)}",
         )
-        count = len(PRESETS[self.preset_on("cuda")]().schedule)
+        count = len(PRESETS[self.resolve_preset("cuda")]().schedule)
         require(
             all(1 <= number <= count for number in self.phases),
             f"phases = {self.phases} must be numbers from 1 to {count}",
@@ -92,7 +92,7 @@ class BenchmarkOptions:
         wanted = self.steps, self.baseline_modes, self.transitions, self.tokenize, self.startup
         require(any(wanted), "steps = False leaves nothing to measure")
 
-    def preset_on(self, device_type: str) -> str:
+    def resolve_preset(self, device_type: str) -> str:
         """Returns the preset that `preset` stands for on a kind of device."""
         usual = "tiny" if device_type == "cpu" else "full"
         return usual if self.preset == "auto" else self.preset

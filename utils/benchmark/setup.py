@@ -31,7 +31,7 @@ class BenchmarkSetup:
             InputError: for a device that the machine does not have.
         """
         device = choose_device(options.device)
-        options = replace(options, preset=options.preset_on(device.type))
+        options = replace(options, preset=options.resolve_preset(device.type))
         preset = PRESETS[options.preset]()
         if device.index is not None:
             torch.cuda.set_device(device)  # whose streams the events and the captured graphs take

@@ -20,6 +20,7 @@ from utils.benchmark.timing import Work, release_memory
 from utils.metrics.throughput import AccumulatorState, MetricAccumulator
 from utils.optim.adamw import Optimizer, build_optimizer
 from utils.runtime.device import free_memory_gb, peak_memory_gb
+from utils.runtime.formatting import format_gb
 from utils.schedule.lr import lr_at
 from utils.schedule.memory import USABLE_SHARE, phase_memory_gb
 from utils.schedule.phases import ResolvedPhase, flops_per_token, resolve_phases
@@ -161,7 +162,7 @@ def memory_error(phase: ResolvedPhase, setup: BenchmarkSetup) -> str | None:
     process, where a GPU raises an error."""
     need, free = phase_memory_gb(phase, setup.run, setup.device), free_memory_gb(setup.device)
     is_too_large = setup.device.type == "cpu" and free is not None and need > USABLE_SHARE * free
-    return f"needs {need:,.0f} GB" if is_too_large else None
+    return f"needs {format_gb(need)}" if is_too_large else None
 
 
 def time_components(

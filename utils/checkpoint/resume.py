@@ -161,7 +161,10 @@ def recorded_settings(events: list[dict]) -> dict[str, object]:
         InputError: if the history does not begin with them.
     """
     record = run_record(events)
-    require("config" in record, f"{HISTORY_FILE} does not begin with the settings of a run")
+    require(
+        {"config", "tokenizer"} <= record.keys(),
+        f"{HISTORY_FILE} does not begin with the settings of a run, as this version writes them",
+    )
     fingerprints = record["fingerprint"], record["init_fingerprint"] or ""
     changes = {event["setting"]: event["new"] for event in select_events(events, "change")}
     return lasting_settings(record["config"], *fingerprints) | changes

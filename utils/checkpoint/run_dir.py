@@ -133,6 +133,8 @@ def explain_how_to_resume(out: Path) -> Iterator[None]:
     for a signal."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        raise
     except OSError as error:
         raise RunStopped(f"{error}; {how_to_resume(out)}") from error
     except RunStopped as stop:

@@ -195,6 +195,8 @@ def parse_experiment(args: list[str]) -> Experiment:
     while args and not args[0].startswith("-") and len(words) < 2:
         word, *args = args
         words.append(word)
+    names = ", ".join(EXPERIMENTS)
+    require(bool(words or args), f"name an experiment: {names}; --help says more")
     name, preset = [*words, *("noise", "full")[len(words) :]]
     return parse_flags(
         Experiment,

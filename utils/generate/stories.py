@@ -272,7 +272,7 @@ def read_prompts(is_chat: bool) -> Iterator[str]:
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` a history and keys to edit with
     try:
-        while line := input(PROMPT_MARK):
+        while (line := input(PROMPT_MARK)).strip():
             yield line
     except EOFError:
         print()
@@ -326,7 +326,7 @@ def answer_lines(
     """
     is_chat = sys.stdin.isatty() and sys.stdout.isatty()
     if sys.stdin.isatty():
-        print("each line is a prompt; Ctrl-D ends", file=sys.stderr)
+        print("each line is a prompt; an empty line or Ctrl-D ends", file=sys.stderr)
     count = 0
     for prompt in read_prompts(is_chat):
         try:

@@ -129,12 +129,13 @@ def text_lines(corpus: Corpus, valid_fraction: float) -> list[str]:
 
 
 def passes_lines(phases: list[ResolvedPhase], train_tokens: int) -> list[str]:
-    """Returns how often a run reads its training text, all of it and by the phases that are left,
-    and a word where that is too often, as lines."""
-    last = phases[-1]
+    """Returns how often a run reads its training text, all of it and by phase, and a word where
+    that is too often, as lines. What is done when a run is resumed is told as a whole."""
+    last, current = phases[-1], next(phase for phase in phases if not phase.is_done)
     passes = last.tokens_at(last.steps) / train_tokens
-    left = [phase for phase in phases if not phase.is_done]
-    parts = (f"{phase.name} {format_count(phase.tokens / train_tokens)}" for phase in left)
+    done = [("before", current.first_token)] if current is not phases[0] else []
+    left = [(phase.name, phase.tokens) for phase in phases if not phase.is_done]
+    parts = (f"{name} {format_count(tokens / train_tokens)}" for name, tokens in [*done, *left])
     by_phase = f": {', '.join(parts)}" if len(phases) > 1 else ""
     lines = [f"the run reads the training text {format_count(passes)} times{by_phase}"]
     if passes > USEFUL_PASSES:
@@ -147,9 +148,10 @@ def passes_lines(phases: list[ResolvedPhase], train_tokens: int) -> list[str]:
 
 def evaluation_line(windows: ValidWindows, corpus: Corpus) -> str:
     """Returns how much of the validation text is evaluated."""
+    documents = count_noun(corpus.valid_documents, "validation document")
     return (
-        f"{windows.tokens:,} tokens from {windows.documents:,} of the {corpus.valid_documents:,} "
-        f"validation documents each time, {windows.final_tokens:,} from "
+        f"{windows.tokens:,} tokens from {windows.documents:,} of the {documents} each time, "
+        f"{windows.final_tokens:,} from "
         f"{windows.final_documents:,} at the end of a phase"
     )
 
@@ -186,7 +188,7 @@ def phase_row(phase: ResolvedPhase, run: Run, device: torch.device) -> tuple[str
         format_gb(phase_memory_gb(phase, run, device)),
         format_number(phase.tokens),
         f"{phase.batch_size} x {config.seq_len}",
-        " to ".join(dict.fromkeys(f"{factor * phase.lr:g}" for factor in lr_factors)),
+        " to ".join(dict.fromkeys(f"{factor * phase.lr:.3g}" for factor in lr_factors)),
     )
 
 
@@ -226,7 +228,8 @@ def bar_format(phase: ResolvedPhase, width: int) -> str:
     steps = f" {phase.steps}/{phase.steps}"
     wanted = [" {n_fmt}/{total_fmt}"] if len(steps) <= room else []
     wanted += [" {bar}"] if len(steps) + MIN_BAR_WIDTH < room else []
-    return "".join([name, "{postfix}, {remaining} left", *wanted])
+    literal = name.replace("{", "{{").replace("}", "}}")
+    return "".join([literal, "{postfix}, {remaining} left", *wanted])
 
 
 def underused_line(

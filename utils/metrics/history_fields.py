@@ -7,7 +7,7 @@ written.
 STEPS_MEAN = "A mean over the steps since the last `step` line."
 PHASE = {
     "phase": "Number of the phase, from 1.",
-    "phase_name": "Its name.",
+    "phase_name": "The phase's name.",
 }
 TOKENS = {"tokens": "Training tokens of the whole run so far."}
 STEP = {"step": "Optimizer steps done in the phase."}
@@ -74,7 +74,7 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
         "is_cut": "Whether there was more text than `data.num_stories`.",
         "train_documents": "Number of documents that are trained on.",
         "valid_documents": "Number of documents of the validation text.",
-        "train_tokens": "Number of their tokens.",
+        "train_tokens": "Tokens of the training text.",
         "valid_tokens": "Number of the validation text's tokens.",
         "eval_tokens": "Tokens that each evaluation takes.",
         "eval_bytes": "Bytes of text, in UTF-8, that these stand for.",
@@ -104,7 +104,7 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
         "lr": "The schedule's learning rate at the last step.",
         "lr_min": "The lowest learning rate that a parameter had in that step. After widening with "
         "`lr_scaling = width` matrices have the lowest, embeddings and norms the highest.",
-        "lr_max": "The highest.",
+        "lr_max": "The highest learning rate of a parameter.",
     }
     | STEP_MEASURES,
     "eval": PHASE
@@ -137,11 +137,11 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
         "growth": "Name of the operator: `Upcycle`, `Widen` or `Deepen`.",
         "passed": "Whether the growth stayed within its limits.",
         "params_before": "Parameters before the growth.",
-        "params_after": "Parameters after it.",
+        "params_after": "Parameters after the growth.",
         "growth_s": "Seconds for the growth and its checks.",
         "valid_loss_fp32": "Validation loss in float32 just before the growth.",
         "loss_before": "Loss on the probe before the growth.",
-        "loss_after": "Loss on the probe after it.",
+        "loss_after": "Loss on the probe after the growth.",
         "loss_drift": "Mean change of the loss over the probe's tokens.",
         "max_logit_diff": "Largest difference of a logit, in float64 where the device has it.",
         "logit_limit": "How large `max_logit_diff` may be; null for no limit.",
@@ -165,7 +165,7 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
         "that law; null without a new router.",
         "load_min": "Smallest share of a layer's choices that an expert got on the probe; null for "
         "a dense model.",
-        "load_max": "Largest such share.",
+        "load_max": "Largest share of the choices that an expert of a layer got.",
     },
     "checkpoint": PHASE
     | {

@@ -25,8 +25,16 @@ T = TypeVar("T")
 ERROR_COLUMNS, HELP_COLUMNS = 100_000, 129
 """Terminals for tyro to write for: one that wraps no line, and the widest in which it does not put
 the groups of a help beside each other."""
-MAX_HELP_WIDTH = 100
+MIN_HELP_WIDTH, MAX_HELP_WIDTH = 40, 100
 RULE = re.compile(r" *-+")
+PLAIN_PHRASES = {
+    r"invalid literal for int\(\) with base 10: (.+)": r"\1 is no whole number",
+    r"could not convert string to float: (.+)": r"\1 is no number",
+    r"no type matching \{None\}\|INT could .+ from \[(.+)\]": r"\1 is no whole number, nor None",
+    r"no type matching \{None\}\|FLOAT could .+ from \[(.+)\]": r"\1 is no number, nor None",
+}
+"""What Python and tyro say of a value, and in plain words."""
+UNKNOWN = "Unrecognized options: "
 
 
 class OptionGroup(NamedTuple):
@@ -92,6 +100,11 @@ def describe_complaint(lines: list[str]) -> str:
     end = lines.index("") if "" in lines else len(lines)  # below: how each type was tried
     complaint = " ".join(map(str.strip, lines[:end])).rstrip(".")
     complaint = complaint.removesuffix(". Expected 1 values")
+    for pattern, phrase in PLAIN_PHRASES.items():
+        complaint = re.sub(pattern, phrase, complaint)
+    if complaint.startswith(f"{UNKNOWN}-"):  # the values behind them are no options
+        words = complaint.removeprefix(UNKNOWN).split(", ")
+        return UNKNOWN + ", ".join(word for word in words if word.startswith("-"))
     if complaint.startswith("Missing from "):
         names = [line.strip() for line in lines if re.match(r" {6}\S", line)]
         return f"missing: {', '.join(names)}"
@@ -116,7 +129,7 @@ def describe_hint(title: str, *lines: str) -> str:
         return f"perhaps you meant {options}"
     if title.startswith("Arguments similar to "):
         return f"perhaps {options} in place of {title.split()[-1].rstrip(':')}"
-    if title == "Unrecognized options:":
+    if title == UNKNOWN.strip():
         return f"{title} {', '.join(lines)}"
     return title if title.startswith("Available ") else ""
 
@@ -135,7 +148,7 @@ def layout_help(text: str, first: Collection[str]) -> str:
             for group in groups
         ),
     ]
-    width = min(get_terminal_size().columns, MAX_HELP_WIDTH)
+    width = max(MIN_HELP_WIDTH, min(get_terminal_size().columns, MAX_HELP_WIDTH))
     parts = [fill_indented(paragraph, width, 0) for paragraph in paragraphs]
     for group in filter(lambda group: group.options, groups):
         rows = [f"{group.title}:"]

@@ -1,9 +1,12 @@
 """A preset in a file of the user's own."""
 
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
 from config import InputError, Run, find_presets, require
 
@@ -22,12 +25,15 @@ def load_preset(name: str) -> Run:
     match = USER_FILE.fullmatch(name)
     assert match is not None, name
     path, function = match.groups()
-    namespace = {"__name__": path, "__file__": path}
+    module = ModuleType(path)
+    module.__file__ = path
     with explain_errors(path):
         with open(path, "rb") as file:
             code = compile(file.read(), path, "exec")
-        exec(code, namespace)
-    presets = find_presets(namespace)
+        sys.modules[path] = module  # where dataclasses look for what their annotations name
+        sys.path.append(str(Path(path).resolve().parent))  # for modules that lie beside it
+        exec(code, module.__dict__)
+    presets = find_presets(module.__dict__)
     example = f"def {function or 'my_schedule'}() -> Run"
     require(bool(presets), f"{path} has no function that returns a Run: {example}")
     choices = " or ".join(f"{path}:{choice}" for choice in presets)

@@ -272,7 +272,10 @@ def prepare_run_corpus(run: Run) -> Corpus:
         data = replace(data, config="", split="", valid_split="")
     if keeps_tokenizer:
         data = replace(data, tokenizer=record["tokenizer"])
-    corpus = prepare_corpus(data, run.model.vocab_size, tqdm.write)
+    before = record["config"]["data"]["source"] if record else run.data.source
+    if before != str(run.data.source):
+        tqdm.write(f"data.source was {before} when the run began, is {run.data.source}")
+    corpus = prepare_corpus(data, run.model.vocab_size, lambda text: tqdm.write(wrap_lines(text)))
     return replace(
         corpus,
         is_fallback=record["fallback"] if keeps_source else corpus.is_fallback,

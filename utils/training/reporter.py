@@ -121,8 +121,9 @@ class PhaseReporter:
         self.report_underused(underused_experts(values.get("expert_load", [])))
 
     def report_underused(self, underused: list[tuple[int, int]]) -> None:
-        """Says on the terminal which experts are underused, if some are that were not before."""
-        if set(underused) <= self.reported_underused:
+        """Says on the terminal which experts are underused, if some are that were not before. The
+        router of a phase that only begins has had no time to learn."""
+        if self.step == 0 or set(underused) <= self.reported_underused:
             return
         self.reported_underused.update(underused)
         coef = self.context.run.training.load_balance_coef
