@@ -44,7 +44,7 @@ def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(s
     def trained_again(run, **choice):
         run_experiment(replace(experiment, run=run, **choice))
         printed = capsys.readouterr().out
-        return printed.count("moe) step 2/2") + printed.count("moe) step 3/3")
+        return printed.count("moe) 2/2") + printed.count("moe) 3/3")
 
     assert trained_again(small) == 0
     stopped = experiment.variant_runs()["router-3"][1].out / HISTORY_FILE

@@ -20,7 +20,7 @@ from tests.helpers.small_runs import (
     comparable_history,
 )
 from tests.training.test_step import train_again
-from train import main, resumed
+from train import adopt_run_settings, main
 from transfer import TrainState
 from utils.checkpoint.model import load_checkpoint
 from utils.checkpoint.run_dir import is_finished
@@ -236,7 +236,7 @@ SMALL = (
 def parse(base_run, tmp_path):
     """A function from a command line to its run, as train.py parses it."""
     args = f"{SMALL} --data.cache {base_run.data.cache} --out {tmp_path / 'run'}"
-    return lambda flags="": parse_run(f"{args} {flags}".split(), resumed)
+    return lambda flags="": parse_run(f"{args} {flags}".split(), adopt_run_settings)
 
 
 def test_what_a_command_leaves_out_stays_as_the_run_was_left(parse):
@@ -290,7 +290,7 @@ def test_a_run_of_a_users_file_goes_on_as_one_of_a_preset_does(base_run, tmp_pat
             "from config import Phase, Run\n"
             f"def own() -> Run: return Run(phases={{'{phase}': Phase(steps=4, batch_size=4)}})"
         )
-        return parse_run([str(file), *f"{flags} --out {out} {more}".split()], resumed)
+        return parse_run([str(file), *f"{flags} --out {out} {more}".split()], adopt_run_settings)
 
     stop_run(parse(), 2)
     changed = parse("--resume --phases.a.lr 1e-3")

@@ -148,7 +148,7 @@ def test_a_phase_that_grew_is_evaluated_soon_after_however_rare_evaluations_are(
 
 
 def test_experts_that_get_few_tokens_are_counted_and_named(train_schedule, capsys):
-    events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64), steps=0))
+    events, _ = train_schedule(dense=Phase(steps=0), moe=Phase(Upcycle(64), steps=1, lr=1e-6))
     output = " ".join(capsys.readouterr().out.split())
     assert "get less than 10% of an equal share of the tokens and so learn little" in output
     assert "a higher --training.load-balance-coef (now 0.01) spreads the tokens" in output

@@ -202,7 +202,7 @@ def test_the_record_has_the_lowest_and_the_highest_rate_that_parameters_have(
     for step in select_events(events, "step"):
         lowest = step["lr"] * (low if step["phase_name"] == "wider" else 1)
         assert (step["lr_min"], step["lr_max"]) == pytest.approx((lowest, step["lr"]))
-    assert ("  0.000166667 to 0.001\n" in capsys.readouterr().out) == (low < 1), "in the header"
+    assert ("  0.000167 to 0.001\n" in capsys.readouterr().out) == (low < 1), "in the header"
 
 
 def test_micro_batches_of_a_dense_model_add_up_to_the_batch(train_schedule):
