@@ -32,17 +32,17 @@ KILLS = {
         amid WRITE 3, after torch.save 1, before pathlib.Path.replace 1,
         after pathlib.Path.replace 1, after RESUME.save_tensors 2, before RESUME.resume_points 4""",
     "while it grows": """
-        before PHASE.grow 1, after PHASE.grow 1, after PHASE.save_model 2,
-        after PHASE.grow_and_verify 1, after PHASE.grow 2, before PHASE.save_model 1,
-        before PHASE.grow 2, after PHASE.grow 1""",
+        before PHASE.grow 1, after PHASE.grow 1, after PHASE.save_checkpoint 1,
+        after PHASE.grow_and_verify 1, after PHASE.grow 2, before RESUME.save_checkpoint 1,
+        before PHASE.grow 1, after PHASE.grow 1""",
     "between phases": """
-        before PHASE.sample_stories 1, after PHASE.sample_stories 1, before PHASE.save_model 1,
-        before pathlib.Path.replace 2, after PHASE.save_model 1, after PHASE.train_phase 1,
-        after PHASE.save_phase 1, before PHASE.build_optimizer 2, after PHASE.save_phase 1,
-        after PHASE.save_phase 1""",
+        before PHASE.sample_stories 1, after PHASE.sample_stories 1,
+        before RESUME.save_checkpoint 1, before pathlib.Path.replace 2,
+        after RESUME.save_checkpoint 1, after PHASE.train_phase 1, after PHASE.save_phase 1,
+        before PHASE.build_optimizer 2, after PHASE.save_phase 1, after PHASE.save_phase 1""",
     "while it reports, and at the end": """
         before REPORTER.evaluate 3, after REPORTER.evaluate 3,
-        after utils.metrics.history.History.__call__ 4, before PHASE.save_checkpoint 1,
+        after utils.metrics.history.History.__call__ 4, before RESUME.save_checkpoint 1,
         amid WRITE 9, before CONTEXT.plot 1, after CONTEXT.plot 1,
         before CONTEXT.remove_resume_points 1, after CONTEXT.remove_resume_points 1""",
     "while it draws": """
@@ -55,20 +55,22 @@ STOPS = """
     before STEP 4, after STEP 3, after STEP 2, before REPORTER.evaluate 2,
     before utils.plot.live.plot 1, before WRITE 7, after WRITE 3, after torch.save 1,
     before PHASE.write_stories 2, before PHASE.grow 1, after PHASE.grow 1,
-    before utils.metrics.history.History.__call__ 5, before PHASE.save_model 1,
+    before utils.metrics.history.History.__call__ 5, before RESUME.save_checkpoint 1,
     before CONTEXT.plot 1"""
 ACTIVITIES = """
-    prepare_corpus keep save_model plot sample_stories evaluate grow train_step build_optimizer
+    prepare_corpus keep wait plot sample_stories evaluate grow train_step build_optimizer
     latest_point report check_memory record_start train_phase prepare_run main"""
 """Functions on the stack that tell, the innermost first, what a run was doing."""
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside training", "in place"])
 @pytest.mark.parametrize("moments", KILLS.values(), ids=KILLS)
 def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(
-    moments, start_run, run, undisturbed
+    moments, in_place, start_run, run, undisturbed
 ):
     for number, moment in enumerate(split_moments(moments)):
-        process = start_run(replace(run, resume=number > 0), (moment, signal.SIGKILL))
+        options = replace(run, resume=number > 0), (moment, signal.SIGKILL)
+        process = start_run(*options, in_place=in_place)
         assert wait_for_exit(process) == -signal.SIGKILL, moment
         assert len(resume_points_of(run)) <= KEPT_POINTS + 1
     finish_and_compare(start_run, run, undisturbed)
@@ -78,7 +80,8 @@ def test_a_run_that_goes_on_with_other_settings_keeps_them_wherever_it_is_killed
     start_run, run
 ):
     (moment,) = split_moments("before STEP 14")  # a point was kept after step 4 of phase 2
-    assert wait_for_exit(start_run(run, (moment, signal.SIGKILL))) == -signal.SIGKILL
+    process = start_run(run, (moment, signal.SIGKILL), in_place=True)
+    assert wait_for_exit(process) == -signal.SIGKILL
     settings = {"lr_phase2": 1e-3, "batch_size": 3, "steps_phase2": 8, "weight_decay": 0.5}
     changed = replace(run, training=replace(run.training, **settings), resume=True)
     unkilled = replace(changed, out=run.out.with_name("unkilled"))
@@ -88,7 +91,7 @@ def test_a_run_that_goes_on_with_other_settings_keeps_them_wherever_it_is_killed
         before RESUME.save_tensors 1, amid WRITE 3, after RESUME.save_tensors 1, before STEP 1,
         before STEP 2, before RESUME.save_tensors 1, after PHASE.grow 1, before STEP 3"""
     for moment in split_moments(moments):
-        process = start_run(changed, (moment, signal.SIGKILL))
+        process = start_run(changed, (moment, signal.SIGKILL), in_place=True)
         assert wait_for_exit(process) == -signal.SIGKILL, moment
     finish_and_compare(start_run, changed, read_outcome(unkilled))
     events = read_history(run.out / HISTORY_FILE)
@@ -192,7 +195,8 @@ def test_a_notebooks_interrupt_keeps_a_point(run, undisturbed, start_run):
 
 def test_a_second_ctrl_c_leaves_at_once_with_the_old_point_intact(start_run, run, undisturbed):
     (kill, first, second) = split_moments("after STEP 3, before STEP 2, after torch.save 1")
-    assert wait_for_exit(start_run(run, (kill, signal.SIGKILL))) == -signal.SIGKILL
+    process = start_run(run, (kill, signal.SIGKILL), in_place=True)
+    assert wait_for_exit(process) == -signal.SIGKILL
     (old,) = resume_points_of(run)
     interrupts = (first, signal.SIGINT), (second, signal.SIGINT)
     process = start_run(replace(run, resume=True), *interrupts)

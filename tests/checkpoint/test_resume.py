@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from config import InputError, Phase, Tolerance, Widen
 from tests.helpers.small_models import MOE, random_train_state
 from tests.helpers.small_runs import FOUR_PHASES, TRAINING, small_run
+from utils.checkpoint.background import BackgroundWriter
 from utils.checkpoint.resume import (
     KEPT_POINTS,
     ResumeCheckpointer,
@@ -89,7 +90,9 @@ ADJUSTS_THE_RUN = {
 def checkpointer(tmp_path):
     """A checkpointer of a run that has only begun."""
     with lock_run_dir(tmp_path), History(tmp_path / HISTORY_FILE) as history:
-        yield ResumeCheckpointer(replace(RUN, out=tmp_path), FINGERPRINT, history)
+        yield ResumeCheckpointer(
+            replace(RUN, out=tmp_path), FINGERPRINT, history, BackgroundWriter(in_place=True)
+        )
 
 
 def load_latest(out):

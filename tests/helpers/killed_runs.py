@@ -30,6 +30,7 @@ from utils.checkpoint.resume import RESUME_FOLDER
 from utils.metrics.history import HISTORY_FILE, read_history
 from utils.plot import live
 from utils.runtime.cli import run_command
+from utils.training import context
 
 ROOT = Path(__file__).parents[2]
 MAX_SECONDS = 60
@@ -119,6 +120,7 @@ def run_in_child(
     timer: tuple[float, int] | None,
     max_file_bytes: int,
     threads: int,
+    in_place: bool,
 ) -> None:
     """Carries a run out in this process, which is a new one."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -129,6 +131,8 @@ def run_in_child(
         arm_signal(moment, number)
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
     torch.set_num_threads(threads)
+    if in_place:
+        context.has_room_for_copy = lambda *_: False
     if timer:
         signal_after(*timer, stack_file)
     run_command(lambda: main(run))
@@ -139,7 +143,8 @@ def run_in_child(
 def make_start_run() -> StartRun:
     """Returns a function that starts a run in a process forked from one that has imported
     everything. Its options are signals to arm, as (moment, signal); `timer`, a signal after CPU
-    seconds; `max_file_bytes`, beyond which no file grows, as on a full disk; and `threads`."""
+    seconds; `max_file_bytes`, beyond which no file grows, as on a full disk; `threads`; and
+    `in_place`, to write files while the training waits, as where memory is short."""
     FORKS.set_forkserver_preload([__name__, *LAZY_IMPORTS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -152,8 +157,9 @@ def make_start_run() -> StartRun:
         timer: tuple[float, int] | None = None,
         max_file_bytes: int = resource.RLIM_INFINITY,
         threads: int = 1,
+        in_place: bool = False,
     ) -> BaseProcess:
-        options = run, armed, timer, max_file_bytes, threads
+        options = run, armed, timer, max_file_bytes, threads, in_place
         process = FORKS.Process(target=run_in_child, args=options, daemon=True)
         process.start()
         return process

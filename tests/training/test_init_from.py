@@ -102,7 +102,7 @@ def interrupt_before_saving(run):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("utils.training.phase.save_checkpoint", interrupt)
+        patch.setattr("utils.checkpoint.resume.save_checkpoint", interrupt)
         main(run)
 
 

@@ -58,8 +58,8 @@ class Checkpoint:
         return TrainState(self.config, self.weights)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint whole or not at all.
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> int:
+    """Writes a checkpoint whole or not at all. Returns the checksum of its file.
 
     Raises:
         OSError: if it cannot be written; the file that was there is then still there.
@@ -76,7 +76,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "special_tokens": asdict(checkpoint.special_tokens),
         "probe": None if checkpoint.probe is None else checkpoint.probe.cpu(),
     }
-    save_tensors(path, content)
+    return save_tensors(path, content)
 
 
 def load_checkpoint(path: Path, unchecked: bool | None = None) -> Checkpoint:

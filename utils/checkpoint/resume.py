@@ -4,17 +4,19 @@ or from there on with other settings."""
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError, ModelConfig, Run, require
 from transfer import TrainState
-from utils.checkpoint.model import check_weights
+from utils.checkpoint.background import BackgroundWriter
+from utils.checkpoint.model import Checkpoint, check_weights, load_checkpoint, save_checkpoint
 from utils.metrics.history import (
     HISTORY_FILE,
     PLOT_FILE,
@@ -24,13 +26,12 @@ from utils.metrics.history import (
     select_events,
 )
 from utils.metrics.throughput import AccumulatorState
-from utils.runtime.atomic_io import load_tensors, save_tensors
-from utils.runtime.device import on_cpu
+from utils.runtime.atomic_io import load_tensors, read_checksum, save_tensors
 from utils.runtime.errors import NotFinite
 from utils.schedule.phases import ResolvedPhase, resume_phases, setting_phases
 
 RESUME_FOLDER = "resume"
-RESUME_SCHEMA = 3
+RESUME_SCHEMA = 4
 KEPT_POINTS = 2
 CHANGEABLE = (
     "data.", "device", "dry_run", "init_from", "out", "overwrite", "precision", "resume",
@@ -222,7 +223,9 @@ def check_changes(
     for change in changes:
         last = setting_phases(change.name, phases)[-1]
         is_length = re.fullmatch(r"training\.steps_.*|phases\..+\.steps", change.name)
-        can_go_on = progress.step < current.steps or is_length
+        # The point at the end of the last phase is without Adam's state.
+        has_ended = is_length and current is phases[-1] and change.old == progress.step
+        can_go_on = not has_ended and (progress.step < current.steps or is_length)
         is_done = last.number < progress.phase or (last is current and not can_go_on)
         require(not is_done, f"{out}: {change}, but {last} has been trained")
 
@@ -236,8 +239,21 @@ def flatten_settings(values: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
+class PhaseEnd(NamedTuple):
+    """What is written at the end of a phase beside the point to resume from."""
+
+    file: str
+    """Name of the checkpoint's file."""
+    checkpoint: Checkpoint
+    """The checkpoint; its weights are those of the point."""
+    is_last: bool
+    """Whether no phase follows, so that Adam's state is of no use."""
+
+
 class ResumeCheckpointer:
-    """Keeps a point to resume from every so often, at the end of each phase, and when told to.
+    """Keeps a point to resume from every so often, at the end of each phase, and when told to. The
+    point at the end of a phase shares its weights with the phase's checkpoint; after the last phase
+    there is nothing more to train, and it holds no Adam state.
 
     No random generator runs through the training (batches, growth and samples each draw from one of
     their own, seeded by the run's seed and an index), so there is none to be kept.
@@ -248,14 +264,18 @@ class ResumeCheckpointer:
         run: Run,
         fingerprint: RunFingerprint,
         history: History,
+        writer: BackgroundWriter,
         kept: TrainingProgress | None = None,
     ):
         """`kept` is the progress of which there is a resume point already."""
         self.out, self.fingerprint, self.history = run.out, fingerprint, history
+        self.writer = writer
         every = run.training.checkpoint_every
         self.every_steps = None if every.endswith("min") else int(every)
         self.every_s = 60.0 * int(every.removesuffix("min"))
         self.last_file = kept.file_name if kept else ""
+        self.has_saved_end = kept is not None
+        """Whether the last point, if it is at the end of a phase, came with its checkpoint."""
         self.last_time = time.perf_counter()
 
     def is_due(self, step: int, last_step: int) -> bool:
@@ -265,38 +285,60 @@ class ResumeCheckpointer:
             return step == last_step or is_time
         return step == last_step or step % self.every_steps == 0 < step
 
-    def has(self, progress: TrainingProgress) -> bool:
-        """Whether the last point that was kept, or resumed from, is this one."""
-        return progress.file_name == self.last_file
+    def has(self, progress: TrainingProgress, is_end: bool = False) -> bool:
+        """Whether the last point that was kept, or resumed from, is this one; at the end of a
+        phase, with its checkpoint."""
+        return progress.file_name == self.last_file and (self.has_saved_end or not is_end)
 
-    def keep(self, progress: TrainingProgress, state: TrainState) -> None:
-        """Writes a point, then removes all but the last KEPT_POINTS.
+    def keep(
+        self, progress: TrainingProgress, state: TrainState, end: PhaseEnd | None = None
+    ) -> None:
+        """Begins to write a point, after which all but the last KEPT_POINTS are removed. At the end
+        of a phase its checkpoint is written first, and holds the point's weights.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the write before it has failed, or this one where it is made in place.
             NotFinite: if a weight is no longer finite.
         """
-        if self.has(progress):
+        if self.has(progress, end is not None):
             return
-        is_finite = torch.stack([weight.isfinite().all() for weight in state.weights.values()])
-        if not is_finite.all():
-            name = list(state.weights)[int(is_finite.int().argmin())]
-            raise NotFinite(f"phase {progress.phase}, step {progress.step}: {name} is not finite")
         self.history.sync()
-        metrics = progress.metrics._asdict() | {"sums": progress.metrics.sums.cpu()}
+        if end and end.is_last:
+            state = TrainState(state.config, state.weights)
+        state = self.writer.copy(state)
+        metrics = progress.metrics._asdict() | {"sums": progress.metrics.sums.to("cpu", copy=True)}
         content = {
             "schema": RESUME_SCHEMA,
             **asdict(self.fingerprint),
             **progress._asdict(),
             "metrics": metrics,
             "config": asdict(state.config),
-            "weights": on_cpu(state.weights),
-            "adam": {name: on_cpu(moments) for name, moments in state.adam.items()},
+            "weights": None if end else state.weights,
+            "checkpoint": None,
+            "adam": state.adam,
         }
-        save_tensors(self.out / RESUME_FOLDER / progress.file_name, content, zip_sums=False)
+
+        def write() -> None:
+            check_finite_weights(progress, state.weights)
+            if end:
+                checkpoint = replace(end.checkpoint, weights=state.weights)
+                checksum = save_checkpoint(self.out / end.file, checkpoint)
+                content["checkpoint"] = {"file": end.file, "checksum": checksum}
+            path = self.out / RESUME_FOLDER / progress.file_name
+            save_tensors(path, content, zip_sums=False)
+            for old in resume_points(self.out)[: -1 if end and end.is_last else -KEPT_POINTS]:
+                old.unlink()
+
         self.last_file, self.last_time = progress.file_name, time.perf_counter()
-        for old in resume_points(self.out)[:-KEPT_POINTS]:
-            old.unlink()
+        self.has_saved_end = end is not None
+        self.writer.submit(write)
+
+
+def check_finite_weights(progress: TrainingProgress, weights: Mapping[str, Tensor]) -> None:
+    """Raises NotFinite, naming the parameter, if a weight is no longer finite."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise NotFinite(f"phase {progress.phase}, step {progress.step}: {name} is not finite")
 
 
 def resume_points(out: Path) -> list[Path]:
@@ -348,10 +390,19 @@ def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainStat
     """Returns what a resume point holds. Raises InputError, KeyError or TypeError where it is not
     what a run would have written."""
     config = ModelConfig.from_dict(content["config"])
-    state = TrainState(config, content["weights"], content["adam"])
-    check_weights(path, config, state.weights)
+    if content["checkpoint"]:
+        file = path.parents[1] / content["checkpoint"]["file"]
+        require(
+            read_checksum(file) == content["checkpoint"]["checksum"],
+            f"{file} is missing, or is not the one that was written with it",
+        )
+        weights = load_checkpoint(file).weights
+    else:
+        weights = content["weights"]
+    check_weights(path, config, weights)
     content["metrics"] = AccumulatorState(**content["metrics"])
-    return TrainingProgress(**{name: content[name] for name in TrainingProgress._fields}), state
+    progress = TrainingProgress(**{name: content[name] for name in TrainingProgress._fields})
+    return progress, TrainState(config, weights, content["adam"])
 
 
 def resume_or_clear(

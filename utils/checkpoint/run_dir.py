@@ -58,7 +58,7 @@ def check_run_dir(run: Run, phases: list[ResolvedPhase]) -> None:
     require(os.access(folder, os.W_OK | os.X_OK), f"out = {out}: {folder} cannot be written")
     present = [name for name in (HISTORY_FILE, *files) if (out / name).exists()]
     if run.resume:
-        check_resumable(out, [name for name in present if name != HISTORY_FILE])
+        check_resumable(out, present, [HISTORY_FILE, *phases[0].checkpoint_files])
     elif present and not run.overwrite:
         kind = "a finished run" if is_finished(out) else "an unfinished run"
         kind = kind if HISTORY_FILE in present else ", ".join(present)
@@ -71,16 +71,18 @@ def check_run_dir(run: Run, phases: list[ResolvedPhase]) -> None:
         )
 
 
-def check_resumable(out: Path, checkpoints: list[str]) -> None:
-    """Raises InputError where `out`, which holds these checkpoints, holds no run that has ended or
-    can go on. One that had kept no point and saved no model yet begins anew."""
+def check_resumable(out: Path, present: list[str], early: list[str]) -> None:
+    """Raises InputError where `out`, in which files of the run are `present`, holds no run that has
+    ended or can go on. One that was killed when it had written no other files than `early`, which
+    come before the first resume point, begins anew."""
     if is_finished(out) or resume_points(out):
         return
     nothing = f"nothing to resume in {out}"
+    expected = early if (out / RESUME_FOLDER).is_dir() else [HISTORY_FILE]
+    checkpoints = ", ".join(name for name in present if name != HISTORY_FILE)
     require(
-        not checkpoints,
-        f"{nothing}: it holds {', '.join(checkpoints)} but no resume point; --overwrite begins "
-        "anew",
+        all(name in expected for name in present),
+        f"{nothing}: it holds {checkpoints} but no resume point; --overwrite begins anew",
     )
     if not (out / HISTORY_FILE).exists() and not (out / RESUME_FOLDER).is_dir():
         reason = "it holds no run" if out.is_dir() else "there is no such folder"

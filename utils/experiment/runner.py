@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from tqdm import tqdm
 
 from transfer import TrainState
+from utils.checkpoint.background import BackgroundWriter
 from utils.checkpoint.resume import (
     ResumeCheckpointer,
     TrainingProgress,
@@ -80,15 +81,17 @@ def trunk_state(setup: RunSetup) -> TrainState:
         if point is None or (point.progress.phase, point.progress.step) != end:
             (run.out / HISTORY_FILE).unlink(missing_ok=True)
             with History(run.out / HISTORY_FILE) as history:
-                checkpointer = ResumeCheckpointer(run, fingerprint, history)
+                writer = BackgroundWriter(trains_on_cpu=setup.device.type == "cpu")
+                checkpointer = ResumeCheckpointer(run, fingerprint, history, writer)
                 trunk = setup._replace(phases=phases)
                 context = RunContext.from_setup(trunk, history, checkpointer)
                 state, progress = context.start()
-                for phase in context.phases_from(progress):  # from the first: no point is used
-                    if phase.growth:
-                        state = grow_and_verify(state, phase, context)
-                    state = train_phase(state, phase, context, progress)
-                    save_phase(state, phase, context)
+                with writer.finished():
+                    for phase in context.phases_from(progress):  # from the first: no point is used
+                        if phase.growth:
+                            state = grow_and_verify(state, phase, context)
+                        state = train_phase(state, phase, context, progress)
+                        save_phase(state, phase, context)
             point = latest_point(run.out, fingerprint, tqdm.write)
         assert point is not None, "the end of a phase is always kept"
         return point.state

@@ -41,8 +41,9 @@ EVENT_TIMES = {
     "eval": "Every `eval_every` steps, at the start and the end of a phase, and 10, 50 and 200 "
     "steps after a growth.",
     "grow": "At each growth, also if it stops the run.",
-    "checkpoint": "When a checkpoint has been written. That of a trained model also has the "
-    "values of the phase's last `step` and `eval` lines.",
+    "checkpoint": "When a checkpoint is handed over to be written, which may take some seconds "
+    "more. That of a trained model also has the values of the phase's last `step` and `eval` "
+    "lines.",
     "change": "For each setting that is another one when the run is resumed.",
     "end": "When the run has ended.",
 }

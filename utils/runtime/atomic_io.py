@@ -149,9 +149,9 @@ ADD_CHECKSUM = (
 """The remedy for a checkpoint without a checksum, where no option reads it all the same."""
 
 
-def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
+def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> int:
     """Writes plain values and tensors, whole or not at all, in a file that `torch.load(path,
-    weights_only=True)` reads too.
+    weights_only=True)` reads too. Returns the checksum that stands at its end.
 
     Args:
         path: The file.
@@ -174,6 +174,7 @@ def save_tensors(path: Path, content: dict, zip_sums: bool = True) -> None:
         finally:
             set_crc32_options(before)
         file.write(checksum_trailer(writer.crc))
+    return writer.crc
 
 
 def load_tensors(path: Path, unchecked: bool = False, remedy: str = "") -> dict:
@@ -201,6 +202,16 @@ def load_tensors(path: Path, unchecked: bool = False, remedy: str = "") -> dict:
 def checksum_trailer(crc: int) -> bytes:
     """Returns the bytes that end a file with that checksum."""
     return CHECKSUM_TAG + b"%0*x" % (CHECKSUM_DIGITS, crc)
+
+
+def read_checksum(path: Path) -> int | None:
+    """Returns the checksum that stands at the end of a file; None for a file without one."""
+    if not path.is_file() or path.stat().st_size < len(CHECKSUM_TAG) + CHECKSUM_DIGITS:
+        return None
+    with path.open("rb") as file:
+        file.seek(-len(CHECKSUM_TAG) - CHECKSUM_DIGITS, os.SEEK_END)
+        tag, digits = file.read(len(CHECKSUM_TAG)), file.read()
+    return int(digits, 16) if tag == CHECKSUM_TAG else None
 
 
 def ends_as_zip(path: Path) -> bool:

@@ -55,6 +55,16 @@ def set_malloc_option(option: int, value: int) -> None:
 def peak_resident_gb() -> float | None:
     """Returns the most memory that this process has held, in 10^9 bytes; None where it is not
     counted."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(s.split()[1]) / 1e9 for s in lines if s.startswith("VmHWM:")), None)
+    return read_kilobytes(Path("/proc/self/status"), "VmHWM:")
+
+
+def available_memory_gb() -> float | None:
+    """Returns the memory that programs may still take, in 10^9 bytes; None where it is not
+    told."""
+    return read_kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+
+
+def read_kilobytes(path: Path, label: str) -> float | None:
+    """Returns what a line of one of Linux's files says in kB, in 10^9 bytes; None without it."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024 * int(s.split()[1]) / 1e9 for s in lines if s.startswith(label)), None)

@@ -83,7 +83,11 @@ def raise_on_signals(owns_process: bool = False) -> Iterator[None]:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Makes a signal wait until the end: what is done within is done wholly."""
+    """Makes a signal wait until the end: what is done within is done wholly. No other thread than
+    the main one is interrupted by signals, so that there is nothing to defer there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     was_deferred, earlier = signal_state.is_deferred, signal_state.received
     signal_state.is_deferred = True
     try:

@@ -18,7 +18,7 @@ def start_thread(call: Callable[[], T]) -> tuple[Future[T], Thread]:
     def run() -> None:
         try:
             result.set_result(call())
-        except Exception as error:  # for whoever asks for the result
+        except BaseException as error:  # for whoever asks for the result
             result.set_exception(error)
 
     thread = Thread(target=run, daemon=True)

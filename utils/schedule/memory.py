@@ -8,6 +8,7 @@ import torch
 
 from config import InputError, ModelConfig, Run
 from models.ops import fused_kernels_available
+from utils.runtime.cpu import available_memory_gb
 from utils.runtime.device import free_memory_gb, is_out_of_memory, training_dtype
 from utils.runtime.errors import RunStopped
 from utils.runtime.formatting import format_gb
@@ -21,6 +22,8 @@ MICRO_BATCH_BYTES_PER_PARAM = 2
 """What the fused step adds to that for gradients that add up in float32."""
 LOW_MEMORY_BYTES_PER_PARAM = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
+COPY_BYTES_PER_PARAM = 12
+"""The float32 weight and two moments, as they are written."""
 SPLIT_BYTES_PER_PARAM = 8
 """What splitting the largest weight takes as a phase begins: there is no gradient yet, but all the
 other weights are still whole."""
@@ -75,6 +78,16 @@ def phase_memory_gb(phase: ResolvedPhase, run: Run, device: torch.device) -> flo
     micro_batches = training.micro_batch_size is not None
     in_use = memory_gb(phase.config, at_once, dtype, low_memory, is_fused, micro_batches)
     return CPU_OVERHEAD * in_use if device.type == "cpu" else in_use
+
+
+def has_room_for_copy(phases: list[ResolvedPhase], run: Run, device: torch.device) -> bool:
+    """Whether the host has room for a copy of the largest phase's weights and moments, beside what
+    training takes there; also where that is not known."""
+    copy = COPY_BYTES_PER_PARAM * max(phase.config.num_params for phase in phases) / 1e9
+    is_on_host = device.type == "cpu"
+    training = max(phase_memory_gb(p, run, device) for p in phases) if is_on_host else 0.0
+    available = available_memory_gb()
+    return available is None or copy + training <= USABLE_SHARE * available
 
 
 def check_memory(phases: list[ResolvedPhase], run: Run, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from config import InputError, Run, require
 from transfer import TrainState
+from utils.checkpoint.background import BackgroundWriter
 from utils.checkpoint.resume import (
     ResumeCheckpointer,
     ResumePoint,
@@ -61,7 +62,7 @@ from utils.runtime.device import (
 )
 from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import raise_on_signals
-from utils.schedule.memory import check_memory
+from utils.schedule.memory import check_memory, has_room_for_copy
 from utils.schedule.phases import (
     ResolvedPhase,
     check_step_options,
@@ -109,7 +110,9 @@ class RunContext:
     """The windows that are evaluated, on `device`."""
     history: History
     checkpointer: ResumeCheckpointer | None
-    """Keeps points to resume from; None keeps none."""
+    """Keeps points to resume from, and the checkpoints of phases; None keeps none."""
+    writer: BackgroundWriter
+    """Writes files beside the training."""
     live_plot: LivePlot
     init_source: InitSource
     resume_point: ResumePoint | None = None
@@ -142,6 +145,7 @@ class RunContext:
             ),
             history=history,
             checkpointer=checkpointer,
+            writer=checkpointer.writer if checkpointer else BackgroundWriter(in_place=True),
             live_plot=LivePlot(run.out, show_picture),
             init_source=setup.init_source,
             resume_point=resume_point,
@@ -340,10 +344,14 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
         fingerprint = setup.fingerprint()
         point = resume_or_clear(run, setup.phases, fingerprint)
         length = point.progress.history_bytes if point else None
+        writer = BackgroundWriter(
+            in_place=not has_room_for_copy(setup.phases, run, setup.device),
+            trains_on_cpu=setup.device.type == "cpu",
+        )
         with History(run.out / HISTORY_FILE, length=length, also=tracker.send_event) as history:
             is_as_kept = point is not None and not point.changes
             kept = point.progress if point and is_as_kept else None
-            checkpointer = ResumeCheckpointer(run, fingerprint, history, kept)
+            checkpointer = ResumeCheckpointer(run, fingerprint, history, writer, kept)
             if point:
                 setup = setup._replace(phases=point.progress.resume(setup.phases))
                 point = record_changes(point, setup.phases, history, checkpointer)
@@ -354,7 +362,8 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
                 setup, history, checkpointer, point, tracker.send_picture
             )
             del point  # so that the loaded state can be freed
-            yield context
+            with writer.finished():
+                yield context
             last = setup.phases[-1]
             history("end", tokens=last.tokens_at(last.steps))
         write_results(run)

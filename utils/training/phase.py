@@ -8,7 +8,7 @@ from tqdm import tqdm
 from config import InputError, Run
 from transfer import GrowthError, TrainState, grow
 from utils.checkpoint.model import Checkpoint, save_checkpoint
-from utils.checkpoint.resume import TrainingProgress
+from utils.checkpoint.resume import PhaseEnd, TrainingProgress
 from utils.generate.sampling import Sampling
 from utils.generate.stories import Story, encode_prompts, format_story, write_stories
 from utils.metrics.console import growth_line
@@ -64,7 +64,10 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
         raise RunStopped(f"{phase}: {error}") from error
     tqdm.write(f"\n{wrap_lines(growth_line(phase, growth, drift))}")
     if phase.init_checkpoint:
-        save_model(state, phase, context, phase.init_checkpoint, trained=False)
+        model = TrainState(state.config, state.weights)
+        initial = make_checkpoint(context.writer.copy(model), phase, context, trained=False)
+        path = context.run.out / phase.init_checkpoint
+        context.writer.submit(lambda: save_checkpoint(path, initial))
         context.record(phase, "checkpoint", path=phase.init_checkpoint, trained=False)
     return state
 
@@ -92,13 +95,17 @@ def train_phase(
             reporter.metrics.check(reporter.where)  # waits for the device
             if reporter.metrics.steps:  # else what `progress` holds has just been logged
                 progress = progress._replace(metrics=reporter.metrics.state())
-            if checkpointer is not None and not checkpointer.has(progress):
+            is_end = progress.step == phase.steps
+            if checkpointer is not None and not checkpointer.has(progress, is_end):
                 with reporter.metrics.paused():
-                    checkpointer.keep(progress, optimizer.snapshot())
+                    state = optimizer.snapshot()
+                    end = phase_end(state, phase, context) if is_end else None
+                    checkpointer.keep(progress, state, end)
 
         with reporter.bar, advise_lower_lr(phase, context.run):
             try:
                 while True:
+                    context.writer.check()
                     if checkpointer and checkpointer.is_due(progress.step, phase.steps):
                         keep_point(progress)
                     reporter.report(optimizer)
@@ -128,10 +135,9 @@ def advise_lower_lr(phase: ResolvedPhase, run: Run) -> Iterator[None]:
 
 
 def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> None:
-    """Writes a trained phase's checkpoint and sample stories, and records them."""
+    """Records a trained phase, whose checkpoint is being written, with sample stories."""
     with explain_out_of_memory(phase, context.run.training.micro_batch_size):
         stories = sample_stories(state, context)
-        save_model(state, phase, context, phase.checkpoint, trained=True)
     context.record(
         phase,
         "checkpoint",
@@ -150,9 +156,9 @@ def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> 
 
 
 def sample_stories(state: TrainState, context: RunContext) -> list[Story]:
-    """Returns a story for each of PROMPTS that has tokens, drawn with the run's seed. The
-    model computes in its weights' own precision: casting them for every token would take longer
-    than the products."""
+    """Returns a story for each of PROMPTS that has tokens, drawn with the run's seed. On a GPU the
+    model's weights are cast to the training step's dtype once; autocast would cast them anew for
+    every token, which takes longer than the products."""
     length, corpus = context.run.training.sample_tokens, context.corpus
     stop_ids = corpus.special_tokens.stop_ids
     sampling, prompts = Sampling(seed=context.run.seed), []
@@ -160,21 +166,30 @@ def sample_stories(state: TrainState, context: RunContext) -> list[Story]:
         with suppress(InputError):  # a tokenizer of other texts may lack these words
             encode_prompts(corpus.tokenizer, [prompt], state.config.vocab_size)
             prompts.append(prompt)
-    return write_stories(state.model(), corpus.tokenizer, stop_ids, prompts, length, sampling)
+    model = state.model()
+    if context.device.type == "cuda":
+        model = model.to(context.dtype)
+    return write_stories(model, corpus.tokenizer, stop_ids, prompts, length, sampling)
 
 
-def save_model(
-    state: TrainState, phase: ResolvedPhase, context: RunContext, name: str, trained: bool
-) -> None:
-    """Writes a checkpoint of a phase's model, before or after its training, into the run's
-    folder."""
-    checkpoint = Checkpoint(
+def phase_end(state: TrainState, phase: ResolvedPhase, context: RunContext) -> PhaseEnd:
+    """Returns what is written at the end of a phase."""
+    checkpoint = make_checkpoint(state, phase, context, trained=True)
+    return PhaseEnd(phase.checkpoint, checkpoint, is_last=phase.number == len(context.run.schedule))
+
+
+def make_checkpoint(
+    state: TrainState, phase: ResolvedPhase, context: RunContext, trained: bool
+) -> Checkpoint:
+    """Returns a checkpoint of a phase's model, before or after its training, around the tensors of
+    `state`."""
+    return Checkpoint(
         config=state.config,
         weights=state.weights,
         tokenizer=context.corpus.tokenizer.to_str(),
         special_tokens=context.corpus.special_tokens,
         growth_history=phase.growth_history,
-        probe=context.probe,
+        probe=context.probe.cpu(),
         phase_name=phase.name,
         tokens=context.init_source.tokens + phase.first_token + phase.tokens * trained,
         seed=context.run.seed,
@@ -182,4 +197,3 @@ def save_model(
         init_from=context.init_source.title,
         max_seq_len=context.init_source.max_seq_len,
     )
-    save_checkpoint(context.run.out / name, checkpoint)
