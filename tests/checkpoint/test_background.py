@@ -90,15 +90,17 @@ def test_the_end_of_a_phase_is_written_once_and_the_last_without_adams_state(sta
     assert content["checkpoint"]["file"] == "large_moe_final.pt"
 
 
-def test_a_point_whose_checkpoint_is_another_is_not_used(start_run, run, undisturbed):
+@pytest.mark.parametrize("end", [None, b"", b"no digits"], ids=["other", "empty", "damaged"])
+def test_a_point_whose_checkpoint_is_another_is_not_used(end, start_run, run, undisturbed):
     (moment,) = split_moments("after PHASE.grow 1")
     process = start_run(run, (moment, signal.SIGKILL), in_place=True)
     assert wait_for_exit(process) == -signal.SIGKILL
     path = run.out / "dense_model.pt"
     assert load_tensors(resume_points_of(run)[-1])["checkpoint"]["file"] == path.name
-    changed = load_tensors(path)
-    changed["seed"] = 99
-    torch.save(changed, path)
-    assert load_checkpoint(path, unchecked=True).seed == 99
+    if end is None:
+        torch.save(load_tensors(path) | {"seed": 99}, path)
+        assert load_checkpoint(path, unchecked=True).seed == 99
+    else:
+        path.write_bytes(end and path.read_bytes()[: -len(end)] + end)
     finish_and_compare(start_run, run, undisturbed)
     assert read_outcome(run).checkpoints == undisturbed.checkpoints

@@ -26,7 +26,7 @@ from utils.metrics.history import (
     select_events,
 )
 from utils.metrics.throughput import AccumulatorState
-from utils.runtime.atomic_io import load_tensors, read_checksum, save_tensors
+from utils.runtime.atomic_io import ends_with_checksum, load_tensors, save_tensors
 from utils.runtime.errors import NotFinite
 from utils.schedule.phases import ResolvedPhase, resume_phases, setting_phases
 
@@ -393,7 +393,7 @@ def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainStat
     if content["checkpoint"]:
         file = path.parents[1] / content["checkpoint"]["file"]
         require(
-            read_checksum(file) == content["checkpoint"]["checksum"],
+            ends_with_checksum(file, content["checkpoint"]["checksum"]),
             f"{file} is missing, or is not the one that was written with it",
         )
         weights = load_checkpoint(file).weights

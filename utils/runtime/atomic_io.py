@@ -204,14 +204,14 @@ def checksum_trailer(crc: int) -> bytes:
     return CHECKSUM_TAG + b"%0*x" % (CHECKSUM_DIGITS, crc)
 
 
-def read_checksum(path: Path) -> int | None:
-    """Returns the checksum that stands at the end of a file; None for a file without one."""
-    if not path.is_file() or path.stat().st_size < len(CHECKSUM_TAG) + CHECKSUM_DIGITS:
-        return None
+def ends_with_checksum(path: Path, crc: int) -> bool:
+    """Whether a file is there and ends with a checksum, which need not be right."""
+    trailer = checksum_trailer(crc)
+    if not path.is_file() or path.stat().st_size < len(trailer):
+        return False
     with path.open("rb") as file:
-        file.seek(-len(CHECKSUM_TAG) - CHECKSUM_DIGITS, os.SEEK_END)
-        tag, digits = file.read(len(CHECKSUM_TAG)), file.read()
-    return int(digits, 16) if tag == CHECKSUM_TAG else None
+        file.seek(-len(trailer), os.SEEK_END)
+        return file.read() == trailer
 
 
 def ends_as_zip(path: Path) -> bool:
