@@ -27,9 +27,9 @@ from tests.helpers.small_models import random_model, windows
 from transfer import TrainState, apply_plan, make_plan
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
 from utils.hf import convert, parity
+from utils.hf.__main__ import run_grow
 from utils.hf.config_json import to_hf_config
 from utils.hf.convert import export_checkpoint, import_model
-from utils.hf.grow_folder import grow_folder
 from utils.hf.parity import check_generation
 from utils.hf.pretrained import find_pretrained
 from utils.runtime.atomic_io import remove_partial_files
@@ -219,7 +219,7 @@ def test_the_card_says_how_a_model_began_and_which_growths_kept_its_function(
     import_model(str(hf_folders["llama3"]), tmp_path / "a.pt")
     back = export_card(tmp_path / "a.pt", "back")
     assert back.endswith("Began as `llama3` and was not trained since. It has not grown.\n")
-    grow_folder(str(hf_folders["llama3"]), tmp_path / "big", deepen=1)
+    run_grow(str(hf_folders["llama3"]), tmp_path / "big", deepen=1)
     big = (tmp_path / "big" / "README.md").read_text()
     assert "Began as `llama3` and was not trained since." in big and "was kept" in big
 

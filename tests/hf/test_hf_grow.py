@@ -21,9 +21,9 @@ from tests.helpers.hf_models import (
     hf_logits,
     save_hf_model,
 )
+from utils.hf.__main__ import run_grow
 from utils.hf.config_json import to_hf_config
 from utils.hf.convert import export_checkpoint, import_model
-from utils.hf.grow_folder import grow_folder
 from utils.hf.parity import PROBE_WINDOWS, text_probe
 from utils.hf.pretrained import find_pretrained
 from utils.runtime.errors import RunStopped
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 )
 def test_a_folder_grows_and_transformers_computes_what_it_did(hf_folders, name, growths, tmp_path):
     small, big = hf_folders[name], tmp_path / "big"
-    grow_folder(str(small), big, **growths)
+    run_grow(str(small), big, **growths)
     assert_same_logits(hf_logits(big), hf_logits(small))
     after, before = AutoConfig.from_pretrained(big), AutoConfig.from_pretrained(small)
     assert after.model_type == ("mixtral" if "upcycle" in growths else "llama")
@@ -59,11 +59,11 @@ def test_a_folder_grows_and_transformers_computes_what_it_did(hf_folders, name, 
 
 
 def test_a_grown_mixture_grows_on(hf_folders, tmp_path):
-    grow_folder(str(hf_folders["smollm2"]), tmp_path / "a", upcycle=4)
-    grow_folder(str(tmp_path / "a"), tmp_path / "b", widen=2, deepen=1)
+    run_grow(str(hf_folders["smollm2"]), tmp_path / "a", upcycle=4)
+    run_grow(str(tmp_path / "a"), tmp_path / "b", widen=2, deepen=1)
     assert_same_logits(hf_logits(tmp_path / "b"), hf_logits(hf_folders["smollm2"]))
     with pytest.raises(InputError, match="already has 4 experts"):
-        grow_folder(str(tmp_path / "a"), tmp_path / "c", upcycle=4)
+        run_grow(str(tmp_path / "a"), tmp_path / "c", upcycle=4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_grown_mixture_grows_on(hf_folders, tmp_path):
 )
 def test_growing_keeps_the_dtype_but_for_widening(growths, dtype, tmp_path, capsys):
     small = save_hf_model(tmp_path / "small", SMOLLM2, torch.bfloat16)
-    grow_folder(str(small), tmp_path / "big", **growths)
+    run_grow(str(small), tmp_path / "big", **growths)
     name = str(dtype).removeprefix("torch.")
     assert f"B of {name} weights" in " ".join(capsys.readouterr().out.split())
     assert_same_logits(hf_logits(tmp_path / "big"), hf_logits(small))
@@ -80,13 +80,13 @@ def test_growing_keeps_the_dtype_but_for_widening(growths, dtype, tmp_path, caps
 
 def test_one_router_in_float32_leaves_the_rest_in_bfloat16(tmp_path):
     small = save_hf_model(tmp_path / "small", SMOLLM2, torch.bfloat16)
-    grow_folder(str(small), tmp_path / "moe", upcycle=4)
+    run_grow(str(small), tmp_path / "moe", upcycle=4)
     file = tmp_path / "moe" / "model.safetensors"
     router = "model.layers.1.block_sparse_moe.gate.weight"
     tensors = load_file(file)
     tensors[router] = tensors[router].float() * 1.001
     save_file(tensors, file, {"format": "pt"})
-    grow_folder(str(tmp_path / "moe"), tmp_path / "deep", deepen=1, placement="end")
+    run_grow(str(tmp_path / "moe"), tmp_path / "deep", deepen=1, placement="end")
     import_model(str(tmp_path / "moe"), tmp_path / "a.pt")
     export_checkpoint(tmp_path / "a.pt", tmp_path / "back")
     for name in ("deep", "back"):
@@ -107,7 +107,7 @@ def test_what_a_config_says_of_layers_and_code_does_not_outlive_a_growth(tmp_pat
     layers = SMOLLM2["num_hidden_layers"]
     code = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     change_config(small, layer_types=["full_attention"] * layers, auto_map=code)
-    grow_folder(str(small), tmp_path / "big", deepen=2)
+    run_grow(str(small), tmp_path / "big", deepen=2)
     assert_same_logits(hf_logits(tmp_path / "big"), hf_logits(small))
     big = json.loads((tmp_path / "big" / "config.json").read_text())
     assert "auto_map" not in big and (big["eos_token_id"], big["initializer_range"]) == (0, 0.1)
@@ -121,7 +121,7 @@ def test_a_grown_folder_that_transformers_computes_otherwise_is_not_written(
 
     monkeypatch.setattr("utils.hf.grow_folder.to_hf_config", wrong)
     with pytest.raises(RunStopped, match=r"transformers' logits are off by .* nothing is written"):
-        grow_folder(str(hf_folders["smollm2"]), tmp_path / "big", deepen=1)
+        run_grow(str(hf_folders["smollm2"]), tmp_path / "big", deepen=1)
     assert not (tmp_path / "big").exists()
 
 
@@ -136,12 +136,12 @@ def test_a_grown_folder_that_transformers_computes_otherwise_is_not_written(
 def test_an_option_without_effect_is_refused(hf_folders, tmp_path, option, growths, operator):
     ((name, value),) = option.items()
     with pytest.raises(InputError, match=f"{name} = {value} has no effect without --{operator}"):
-        grow_folder(str(hf_folders["smollm2"]), tmp_path / "out", **growths, **option)
+        run_grow(str(hf_folders["smollm2"]), tmp_path / "out", **growths, **option)
 
 
 def test_growth_prints_what_it_moved_took_and_wrote(hf_folders, story_file, tmp_path, capsys):
     source = str(hf_folders["llama3"])
-    grow_folder(source, tmp_path / "a", upcycle=4, deepen=1, text=story_file)
+    run_grow(source, tmp_path / "a", upcycle=4, deepen=1, text=story_file)
     output = " ".join(capsys.readouterr().out.split())
     assert output.startswith("Upcycle kept the function: probe loss") and " Deepen kept" in output
     size = (tmp_path / "a" / "model.safetensors").stat().st_size
@@ -152,10 +152,10 @@ def test_growth_prints_what_it_moved_took_and_wrote(hf_folders, story_file, tmp_
 def test_a_text_to_compare_on_that_cannot_be_read_or_is_too_short_is_named(hf_folders, tmp_path):
     source, out = str(hf_folders["llama3"]), tmp_path / "out"
     with pytest.raises(InputError, match=r"text = .*none.txt: cannot be read"):
-        grow_folder(source, out, deepen=1, text=tmp_path / "none.txt")
+        run_grow(source, out, deepen=1, text=tmp_path / "none.txt")
     (tmp_path / "short.txt").write_text("One day")
     with pytest.raises(InputError, match=r"short.txt has \d+ tokens, not the 65 needed"):
-        grow_folder(source, out, deepen=1, text=tmp_path / "short.txt")
+        run_grow(source, out, deepen=1, text=tmp_path / "short.txt")
     assert not out.exists()
 
 
@@ -166,32 +166,32 @@ def test_a_text_with_a_token_that_the_model_has_no_row_for_is_one_line(
     tokenizer = Tokenizer.from_file(str(small / "tokenizer.json"))
     tokenizer.add_special_tokens(["[PAD]"])
     tokenizer.save(str(small / "tokenizer.json"))
-    grow_folder(str(small), tmp_path / "a", deepen=1, text=story_file)
+    run_grow(str(small), tmp_path / "a", deepen=1, text=story_file)
     story_file.write_text(story_file.read_text().replace(".", "[PAD]"))
     with pytest.raises(
         InputError, match=r"text = .*: token 300 \('\[PAD\]'\) is none of the model"
     ):
-        grow_folder(str(small), tmp_path / "b", deepen=1, text=story_file)
+        run_grow(str(small), tmp_path / "b", deepen=1, text=story_file)
 
 
 def test_a_folder_whose_path_is_not_utf_8_is_refused_before_any_work(hf_folders, tmp_path):
     with pytest.raises(InputError, match=r"need a path in UTF-8"):
-        grow_folder(str(hf_folders["llama3"]), tmp_path / "caf\udce9", deepen=1)
+        run_grow(str(hf_folders["llama3"]), tmp_path / "caf\udce9", deepen=1)
 
 
 def test_a_folder_is_replaced_only_if_asked_to_and_only_if_it_is_a_model_s(hf_folders, tmp_path):
     source, out = str(hf_folders["smollm2"]), tmp_path / "out"
-    grow_folder(source, out, deepen=1)
+    run_grow(source, out, deepen=1)
     with pytest.raises(InputError, match="out is there already: --overwrite replaces it"):
-        grow_folder(source, out, deepen=2)
-    grow_folder(source, out, deepen=2, overwrite=True)
+        run_grow(source, out, deepen=2)
+    run_grow(source, out, deepen=2, overwrite=True)
     assert find_pretrained(str(out)).config.n_layers == SMOLLM2["num_hidden_layers"] + 2
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
     with pytest.raises(InputError, match="thesis is no model's folder"):
-        grow_folder(source, tmp_path / "thesis", deepen=1, overwrite=True)
+        run_grow(source, tmp_path / "thesis", deepen=1, overwrite=True)
     with pytest.raises(InputError, match="nothing to do: --upcycle, --widen or --deepen"):
-        grow_folder(source, tmp_path / "new")
+        run_grow(source, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "thesis"]
 
 

@@ -21,8 +21,8 @@ from tests.helpers.hf_models import (
 from tests.helpers.small_models import is_identical
 from train import main
 from utils.checkpoint.model import load_checkpoint
+from utils.hf.__main__ import run_grow
 from utils.hf.convert import export_checkpoint
-from utils.hf.grow_folder import grow_folder
 from utils.metrics.history import HISTORY_FILE, read_history, select_events
 from utils.runtime.cli import parse_run
 from utils.training.context import check_run, prepare_run
@@ -151,7 +151,7 @@ def test_a_widened_model_is_trained_on_at_the_rates_that_its_growths_ask_for(run
 def test_a_mixture_is_refused_by_phases_that_upcycle_and_trained_by_those_that_do_not(
     llama, run, tmp_path
 ):
-    grow_folder(str(llama), tmp_path / "mixture", upcycle=4)
+    run_grow(str(llama), tmp_path / "mixture", upcycle=4)
     main(replace(run, phases={"moe": Phase(Upcycle(4), steps=0)}))
     for name, source in (("own", run.out / "moe_final.pt"), ("theirs", tmp_path / "mixture")):
         out = ["--out", str(tmp_path / name), "--data.cache", str(run.data.cache)]

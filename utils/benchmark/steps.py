@@ -22,7 +22,7 @@ from utils.optim.adamw import Optimizer, build_optimizer
 from utils.runtime.device import free_memory_gb, peak_memory_gb
 from utils.runtime.formatting import format_gb
 from utils.schedule.lr import lr_at
-from utils.schedule.memory import USABLE_SHARE, phase_memory_gb
+from utils.schedule.memory import has_room, phase_memory_gb
 from utils.schedule.phases import ResolvedPhase, flops_per_token, resolve_phases
 from utils.training.init_from import InitSource
 from utils.training.step import batches, make_train_step
@@ -161,7 +161,7 @@ def memory_error(phase: ResolvedPhase, setup: BenchmarkSetup) -> str | None:
     """Returns what a phase needs where a CPU's memory is too small for it: the system would end the
     process, where a GPU raises an error."""
     need, free = phase_memory_gb(phase, setup.run, setup.device), free_memory_gb(setup.device)
-    is_too_large = setup.device.type == "cpu" and free is not None and need > USABLE_SHARE * free
+    is_too_large = setup.device.type == "cpu" and not has_room(need, free)
     return f"needs {format_gb(need)}" if is_too_large else None
 
 

@@ -20,7 +20,7 @@ from utils.checkpoint.run_dir import software_versions
 from utils.runtime.atomic_io import atomic_file
 from utils.runtime.cpu import reuse_memory_and_kernels
 from utils.runtime.device import device_name, dtype_name
-from utils.runtime.formatting import LINE_WIDTH, format_duration
+from utils.runtime.formatting import LINE_WIDTH, count_noun, format_duration
 
 LONG_S = 60.0
 """Seconds from which on it is said how long it takes, and how to measure less."""
@@ -83,7 +83,7 @@ def measure_in_turn(plan: list[Measurement]) -> Iterator[tuple[str, ResultRow]]:
 def describe_plan(count: int, expected_s: float) -> str:
     """Returns how many measurements there are, how long their steps will take and, if that is long,
     how to have fewer."""
-    line = f"{count} measurement{'s' * (count != 1)}"
+    line = count_noun(count, "measurement")
     if expected_s < LONG_S:
         return line
     duration = format_duration(expected_s)

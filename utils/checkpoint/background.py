@@ -1,7 +1,7 @@
 """Writes files beside the training, in one thread, one after the other."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transfer import TrainState
 from utils.runtime.device import to_cpu
-from utils.runtime.threads import start_thread
+from utils.runtime.threads import start_thread, wait_interruptibly
 
 
 class BackgroundWriter:
@@ -51,13 +51,11 @@ class BackgroundWriter:
         if self.in_flight and self.in_flight.done():
             self.wait()
 
-    def wait(self, tick: Callable[[], object] = lambda: None, every_s: float = 0.1) -> None:
-        """Returns once nothing is in flight, and calls `tick` every so often meanwhile. Raises what
-        stopped the write."""
+    def wait(self) -> None:
+        """Returns once nothing is in flight. Raises what stopped the write."""
         if self.in_flight is None:
             return
-        while not wait([self.in_flight], every_s).done:
-            tick()
+        wait_interruptibly(self.in_flight)
         done, self.in_flight = self.in_flight, None
         done.result()
 

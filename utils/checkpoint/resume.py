@@ -396,10 +396,12 @@ def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainStat
             ends_with_checksum(file, content["checkpoint"]["checksum"]),
             f"{file} is missing, or is not the one that was written with it",
         )
-        weights = load_checkpoint(file).weights
+        checkpoint = load_checkpoint(file)  # and checks its weights
+        require(checkpoint.config == config, f"{file} holds another model")
+        weights = checkpoint.weights
     else:
         weights = content["weights"]
-    check_weights(path, config, weights)
+        check_weights(path, config, weights)
     content["metrics"] = AccumulatorState(**content["metrics"])
     progress = TrainingProgress(**{name: content[name] for name in TrainingProgress._fields})
     return progress, TrainState(config, weights, content["adam"])

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from tqdm import tqdm
 
 from transfer import TrainState
-from utils.checkpoint.background import BackgroundWriter
 from utils.checkpoint.resume import (
     ResumeCheckpointer,
     TrainingProgress,
@@ -80,18 +79,17 @@ def trunk_state(setup: RunSetup) -> TrainState:
         point = latest_point(run.out, fingerprint, tqdm.write)
         if point is None or (point.progress.phase, point.progress.step) != end:
             (run.out / HISTORY_FILE).unlink(missing_ok=True)
-            with History(run.out / HISTORY_FILE) as history:
-                writer = BackgroundWriter(trains_on_cpu=setup.device.type == "cpu")
+            writer = setup.make_writer()
+            with History(run.out / HISTORY_FILE) as history, writer.finished():
                 checkpointer = ResumeCheckpointer(run, fingerprint, history, writer)
                 trunk = setup._replace(phases=phases)
                 context = RunContext.from_setup(trunk, history, checkpointer)
                 state, progress = context.start()
-                with writer.finished():
-                    for phase in context.phases_from(progress):  # from the first: no point is used
-                        if phase.growth:
-                            state = grow_and_verify(state, phase, context)
-                        state = train_phase(state, phase, context, progress)
-                        save_phase(state, phase, context)
+                for phase in context.phases_from(progress):  # from the first: no point is used
+                    if phase.growth:
+                        state = grow_and_verify(state, phase, context)
+                    state = train_phase(state, phase, context, progress)
+                    save_phase(state, phase, context)
             point = latest_point(run.out, fingerprint, tqdm.write)
         assert point is not None, "the end of a phase is always kept"
         return point.state

@@ -33,6 +33,7 @@ from utils.checkpoint.run_dir import find_checkpoint
 from utils.generate.sampling import Sampling
 from utils.runtime.cli import decode_argument
 from utils.runtime.device import choose_device
+from utils.runtime.formatting import count_noun
 from utils.runtime.signals import Stopped
 from utils.text.special_tokens import start_ids
 from utils.text.tokenizer import check_token_ids
@@ -196,7 +197,7 @@ def describe_story_end(tokens: int, length: int) -> str:
     """Returns how a continuation ended that has so many tokens and could have `length`."""
     if tokens == length:
         return f"(cut off at the limit of {length} tokens)"
-    return f"(end of text after {tokens} token{'s' * (tokens != 1)})"
+    return f"(end of text after {count_noun(tokens, 'token')})"
 
 
 def stream_stories(

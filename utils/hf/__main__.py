@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from config import Placement
+from config import Deepen, Growth, Placement, Upcycle, Widen, require
 from utils.runtime.cli import parse_subcommand, run_command
 
 
@@ -90,11 +90,41 @@ def run_grow(
         seed: Seed of routers, noise and new layers.
         overwrite: Replace a model that is there.
     """
+    growths = asked_growths(upcycle, widen, deepen, top_k, noise, placement)
     from utils.hf.grow_folder import grow_folder
 
-    grow_folder(
-        model, folder, upcycle, widen, deepen, top_k, noise, placement, text, seed, overwrite
-    )
+    grow_folder(model, folder, growths, text, seed, overwrite)
+
+
+def asked_growths(
+    upcycle: int,
+    widen: int,
+    deepen: int,
+    top_k: int | None,
+    noise: float | None,
+    placement: Placement | None,
+) -> list[Growth]:
+    """Returns the operators that the options of `grow` ask for.
+
+    Raises:
+        InputError: if they ask for none, or one of them would have no effect.
+    """
+    for option, value, operator, is_asked in (
+        ("top_k", top_k, "upcycle", upcycle),
+        ("noise", noise, "widen", widen != 1),
+        ("placement", placement, "deepen", deepen),
+    ):
+        require(
+            value is None or bool(is_asked),
+            f"{option} = {value} has no effect without --{operator}",
+        )
+    top_k = Upcycle.top_k if top_k is None else top_k
+    noise = Widen.noise if noise is None else noise
+    growths: list[Growth] = [Upcycle(upcycle, top_k)] if upcycle else []
+    growths += [Widen(widen, noise)] if widen != 1 else []
+    growths += [Deepen(deepen, placement or Deepen.placement)] if deepen else []
+    require(bool(growths), "nothing to do: --upcycle, --widen or --deepen says how to grow")
+    return growths
 
 
 COMMANDS = {"export": run_export, "import": run_import, "grow": run_grow}

@@ -4,7 +4,7 @@ import shutil
 import time
 from pathlib import Path
 
-from config import Deepen, Growth, InputError, ModelConfig, Placement, Upcycle, Widen, require
+from config import Growth, InputError, ModelConfig
 from transfer import GrowthError, grow, make_plan
 from transfer.checks import run_twice
 from transfer.plan import grown_dtype
@@ -41,25 +41,16 @@ may be wrong for it, like `layer_types` of fewer layers or `auto_map` to code fo
 def grow_folder(
     model: str,
     folder: Path,
-    /,
-    upcycle: int = 0,
-    widen: int = 1,
-    deepen: int = 0,
-    top_k: int | None = None,
-    noise: float | None = None,
-    placement: Placement | None = None,
+    growths: list[Growth],
     text: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Grow a Llama or Mixtral in transformers' format without training it, and print how far its
-    function moved. It is first upcycled, then widened, then deepened, each only if asked for.
-
-    The weights stay in their dtype, but widening makes them at least float32: below that its noise
-    would not cancel.
+    """Grows a model in transformers' format by `growths`, one after the other, and prints how far
+    its function moved. See `python -m utils.hf grow --help` for the other arguments.
 
     Raises:
-        InputError: if there is nothing to do, the model cannot be represented or grown like that,
+        InputError: if the model cannot be represented or grown like that,
             or the folder cannot be written.
         RunStopped: if a growth moved the function further than it may, or transformers cannot load
             what was written or computes something else.
@@ -67,7 +58,6 @@ def grow_folder(
     start = time.perf_counter()
     return_freed_memory()
     require_transformers()
-    growths = asked_growths(upcycle, widen, deepen, top_k, noise, placement)
     pretrained = find_pretrained(model)
     config, dtype = pretrained.config, pretrained.dtype
     for growth in growths:
@@ -96,37 +86,6 @@ def grow_folder(
     size = format_gb(weight_bytes / 1e9)
     line = f"{folder}: {describe_model(config)}, {size} of {dtype_name(dtype)} weights"
     print(wrap_lines(f"{line}, in {format_duration(seconds)}{peak}"))
-
-
-def asked_growths(
-    upcycle: int,
-    widen: int,
-    deepen: int,
-    top_k: int | None,
-    noise: float | None,
-    placement: Placement | None,
-) -> list[Growth]:
-    """Returns the operators that the options of `grow_folder` ask for.
-
-    Raises:
-        InputError: if they ask for none, or one of them would have no effect.
-    """
-    for option, value, operator, is_asked in (
-        ("top_k", top_k, "upcycle", upcycle),
-        ("noise", noise, "widen", widen != 1),
-        ("placement", placement, "deepen", deepen),
-    ):
-        require(
-            value is None or bool(is_asked),
-            f"{option} = {value} has no effect without --{operator}",
-        )
-    top_k = Upcycle.top_k if top_k is None else top_k
-    noise = Widen.noise if noise is None else noise
-    growths: list[Growth] = [Upcycle(upcycle, top_k)] if upcycle else []
-    growths += [Widen(widen, noise)] if widen != 1 else []
-    growths += [Deepen(deepen, placement or Deepen.placement)] if deepen else []
-    require(bool(growths), "nothing to do: --upcycle, --widen or --deepen says how to grow")
-    return growths
 
 
 def read_text(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Several runs on the same axes: which one got furthest with the same tokens, FLOPs or hours."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +19,7 @@ from utils.plot.losses import (
     loss_limits,
     mark_exits,
 )
-from utils.runtime.formatting import format_name, list_some
+from utils.runtime.formatting import format_name, list_some, wrap_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +92,7 @@ def draw_comparison(axes: "Axes", runs: Mapping[str, list[dict]]) -> None:
     mark_exits([axes])
     draw_growths(axes, growths)
     axes.set_ylabel(LOSS_LABEL if field == "valid_loss" else "loss (bits per byte)")
-    lines = textwrap.wrap(format_name(warning), WARNING_WIDTH)
+    lines = wrap_lines(format_name(warning), indent=0, width=WARNING_WIDTH).splitlines()
     axes.set_title(
         f"Validation loss of {len(runs)} runs", size=12, weight="bold", pad=7 + 12 * len(lines)
     )

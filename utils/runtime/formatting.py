@@ -95,11 +95,11 @@ def format_table(rows: TableRows, num_keys: int = 1) -> list[str]:
     return lines[1:]
 
 
-def wrap_lines(text: str, indent: int = 4) -> str:
-    """Returns a text with each line that is longer than LINE_WIDTH broken between words, and what
-    goes on in the next line indented. No word is broken: it may be a path."""
+def wrap_lines(text: str, indent: int = 4, width: int = LINE_WIDTH) -> str:
+    """Returns a text with each line that is longer than `width` broken between words, and what goes
+    on in the next line indented. No word is broken: it may be a path."""
     wrapper = TextWrapper(
-        width=LINE_WIDTH,
+        width=width,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from shutil import get_terminal_size
-from textwrap import fill, indent
+from textwrap import indent
 from typing import NamedTuple, TypeVar
 
 from config import InputError
+from utils.runtime.formatting import wrap_lines
 
 T = TypeVar("T")
 ERROR_COLUMNS, HELP_COLUMNS = 100_000, 129
@@ -164,8 +165,7 @@ def layout_help(text: str, first: Collection[str]) -> str:
 
 def fill_indented(text: str, width: int, columns: int) -> str:
     """Returns a text wrapped to `width`, each line of it indented by `columns`."""
-    lines = fill(text, width - columns, break_on_hyphens=False, break_long_words=False)
-    return indent(lines, columns * " ")
+    return indent(wrap_lines(text, indent=0, width=width - columns), columns * " ")
 
 
 def split_help(text: str) -> tuple[list[str], list[OptionGroup]]:

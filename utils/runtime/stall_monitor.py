@@ -7,10 +7,9 @@ a thread and gives it up once nothing new has come for a while; a slow hub is wa
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import wait
 from typing import Any, TypeVar
 
-from utils.runtime.threads import POLL_S, start_thread
+from utils.runtime.threads import start_thread, wait_interruptibly
 
 T = TypeVar("T")
 PATIENCE_S = 6.0
@@ -75,6 +74,12 @@ class StallMonitor:
                 self.last_new = time.monotonic()
         return time.monotonic() - self.last_new
 
+    def give_up_if_silent(self) -> None:
+        """Raises OSError once the hub has sent nothing new for too long."""
+        self.attach()
+        if self.silence_s() > PATIENCE_S + GRACE_S:
+            raise self.make_error()
+
     def make_error(self) -> OSError:
         """Returns the error that says why the hub was given up."""
         return OSError(f"nothing for {PATIENCE_S:.0f} s{self.last_failure}")
@@ -101,9 +106,6 @@ def call_with_timeout(call: Callable[[], T]) -> T:
     hub_monitor.start()
     hub_monitor.attach()
     result, thread = start_thread(call)
-    while not wait([result], POLL_S).done:
-        hub_monitor.attach()
-        if hub_monitor.silence_s() > PATIENCE_S + GRACE_S:
-            raise hub_monitor.make_error()
+    wait_interruptibly(result, hub_monitor.give_up_if_silent)
     thread.join()  # or it may free what `call` reads from while the process ends, and abort it
     return result.result()

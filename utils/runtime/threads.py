@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.1
@@ -31,6 +31,12 @@ def call_interruptibly(call: Callable[[], T], tick: Callable[[], object]) -> T:
     POLL_S meanwhile. A signal that raises is not kept waiting: the call then goes on, and its
     result is lost."""
     result, _ = start_thread(call)
+    wait_interruptibly(result, tick)
+    return result.result()
+
+
+def wait_interruptibly(result: Future[Any], tick: Callable[[], object] = lambda: None) -> None:
+    """Returns once a result is there, and calls `tick` every POLL_S meanwhile. A signal that raises
+    is not kept waiting."""
     while not wait([result], POLL_S).done:
         tick()
-    return result.result()

@@ -80,14 +80,18 @@ def phase_memory_gb(phase: ResolvedPhase, run: Run, device: torch.device) -> flo
     return CPU_OVERHEAD * in_use if device.type == "cpu" else in_use
 
 
+def has_room(need_gb: float, free_gb: float | None) -> bool:
+    """Whether there is room for a need in the free memory; also where that is not known."""
+    return free_gb is None or need_gb <= USABLE_SHARE * free_gb
+
+
 def has_room_for_copy(phases: list[ResolvedPhase], run: Run, device: torch.device) -> bool:
     """Whether the host has room for a copy of the largest phase's weights and moments, beside what
     training takes there; also where that is not known."""
     copy = COPY_BYTES_PER_PARAM * max(phase.config.num_params for phase in phases) / 1e9
     is_on_host = device.type == "cpu"
     training = max(phase_memory_gb(p, run, device) for p in phases) if is_on_host else 0.0
-    available = available_memory_gb()
-    return available is None or copy + training <= USABLE_SHARE * available
+    return has_room(copy + training, available_memory_gb())
 
 
 def check_memory(phases: list[ResolvedPhase], run: Run, device: torch.device) -> None:
@@ -100,7 +104,7 @@ def check_memory(phases: list[ResolvedPhase], run: Run, device: torch.device) ->
         return max(needs, key=lambda need: need[0])
 
     (need, phase), free = largest_need(), free_memory_gb(device)
-    if free is None or need <= USABLE_SHARE * free:
+    if free is None or has_room(need, free):
         return
     options: dict[str, dict[str, object]] = {
         "--training.micro-batch-size 1": {"micro_batch_size": 1}
@@ -111,7 +115,7 @@ def check_memory(phases: list[ResolvedPhase], run: Run, device: torch.device) ->
     fits = [
         f"{flags} needs {format_gb(smaller)}"
         for flags, changes in options.items()
-        if (smaller := largest_need(**changes)[0]) <= USABLE_SHARE * free
+        if has_room(smaller := largest_need(**changes)[0], free)
     ]
     raise InputError(
         f"{phase} needs about {format_gb(need)}, {device} has {format_gb(free)}: "

@@ -88,6 +88,14 @@ class RunSetup(NamedTuple):
         """Returns what the run will do, as a text for a terminal."""
         return run_header(self.run, self.phases, self.corpus, self.valid, self.device)
 
+    def make_writer(self) -> BackgroundWriter:
+        """Returns what writes the run's files: beside the training, if the host has room for the
+        copies."""
+        return BackgroundWriter(
+            in_place=not has_room_for_copy(self.phases, self.run, self.device),
+            trains_on_cpu=self.device.type == "cpu",
+        )
+
     def fingerprint(self) -> RunFingerprint:
         """Returns what a resumption must have in common with this run."""
         corpus, source = self.corpus.fingerprint, self.init_source.fingerprint
@@ -338,17 +346,14 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
         InputError: if the folder cannot be written, or the run is to be resumed and cannot be.
     """
     run = setup.run
+    tracker, writer = RunTracker(run.tracker, run.out), setup.make_writer()
     # A notebook, too, interrupts between two steps.
-    tracker = RunTracker(run.tracker, run.out)
     with raise_on_signals(), lock_run_dir(run.out), explain_how_to_resume(run.out), tracker:
         fingerprint = setup.fingerprint()
         point = resume_or_clear(run, setup.phases, fingerprint)
         length = point.progress.history_bytes if point else None
-        writer = BackgroundWriter(
-            in_place=not has_room_for_copy(setup.phases, run, setup.device),
-            trains_on_cpu=setup.device.type == "cpu",
-        )
-        with History(run.out / HISTORY_FILE, length=length, also=tracker.send_event) as history:
+        history = History(run.out / HISTORY_FILE, length=length, also=tracker.send_event)
+        with history, writer.finished():
             is_as_kept = point is not None and not point.changes
             kept = point.progress if point and is_as_kept else None
             checkpointer = ResumeCheckpointer(run, fingerprint, history, writer, kept)
@@ -357,13 +362,13 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
                 point = record_changes(point, setup.phases, history, checkpointer)
             if run.resume:
                 lines = change_lines(read_history(history.path))
-                tqdm.write(wrap_lines("\n".join([setup.header(), *lines])))
+                tqdm.write("\n".join([setup.header(), *map(wrap_lines, lines)]))
             context = RunContext.from_setup(
                 setup, history, checkpointer, point, tracker.send_picture
             )
             del point  # so that the loaded state can be freed
-            with writer.finished():
-                yield context
+            yield context
+            writer.wait()  # the run counts as ended once its last checkpoint is on the disk
             last = setup.phases[-1]
             history("end", tokens=last.tokens_at(last.steps))
         write_results(run)
