@@ -51,8 +51,8 @@ def tiny() -> Run:
         upcycle=Upcycle(num_experts=4),
         deepen=Deepen(extra_layers=1),
         eval_every=40,
-        eval_tokens=8_192,
-        final_eval_tokens=32_768,
+        eval_tokens=4_096,
+        final_eval_tokens=16_384,
         sample_tokens=60,
     )
     data = DataConfig(source="builtin", builtin_stories=8_000)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from config import Run
 from utils.runtime.cli import parse_run, run_command
+from utils.runtime.stopwatch import COMMAND_STARTED_S
 
 
-def main(run: Run) -> None:
-    """Trains every phase of a run, or those that are left of it."""
+def main(run: Run, started_s: float | None = None) -> None:
+    """Trains every phase of a run, or those that are left of it. Its time counts from `started_s`
+    by `time.perf_counter`, from when its folder is opened if None."""
     from utils.checkpoint.run_dir import is_finished  # torch takes a second: first the options
     from utils.training.context import (
         announce_dry_run,
@@ -35,7 +37,7 @@ def main(run: Run) -> None:
     if run.dry_run:
         return announce_dry_run(setup)
     announce_run(setup)
-    with open_run(setup) as context:  # the folder's lock, the history, the last resume point
+    with open_run(setup, started_s) as context:  # the folder's lock, the history, the last point
         state, progress = context.start()
         for phase in context.phases_from(progress):
             if phase.growth and not progress.is_inside(phase):  # a resumed phase has grown already
@@ -53,4 +55,4 @@ def adopt_run_settings(default: Run, out: Path) -> Run:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(parse_run(sys.argv[1:], adopt_run_settings)))
+    run_command(lambda: main(parse_run(sys.argv[1:], adopt_run_settings), COMMAND_STARTED_S))

@@ -51,6 +51,9 @@ class KVCache:
         self.slots = slots
         self.lengths = [0] * rows
         """Tokens held of each text. Lower a length to forget the text's last tokens."""
+        self.next_B1: Tensor | None = None
+        """Where the next token of each text goes, int64, on the device. If set, it is followed in
+        place of `lengths`, so that a pass over one token can be captured as a CUDA graph."""
 
     def reserve(self, length: int) -> tuple[Tensor, list[LayerKV]]:
         """Makes room for `length` more tokens of each text.
@@ -64,9 +67,12 @@ class KVCache:
         end = max(self.lengths) + length
         if end > self.slots:
             raise ValueError(f"{end} tokens do not fit a cache of {self.slots}")
-        device = self.layers[0][0].device
+        device, start_B1 = self.layers[0][0].device, self.next_B1
         row_B1 = torch.arange(len(self.lengths), device=device)[:, None]
-        start_B1 = torch.tensor(self.lengths, device=device)[:, None]
+        if start_B1 is None:
+            start_B1 = torch.tensor(self.lengths, device=device)[:, None]
+        else:
+            end = self.slots
         position_BT = start_B1 + torch.arange(length, device=device)
         mask_B1TS = torch.arange(end, device=device) <= position_BT[:, None, :, None]
         self.lengths = [held + length for held in self.lengths]

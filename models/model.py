@@ -21,6 +21,9 @@ from models.moe import MoE, Routing
 from models.ops import PLAIN, Ops, Rope, choose_ops, trim_head
 from models.rope import apply_rope, rope_cos_sin
 
+MAX_LOGITS = 1 << 25
+"""Logits that exist at a time where no gradient is asked for."""
+
 # What each dimension of each parameter is, written "outputs < input". Growth and its tests read
 # this table; nothing else needs to know how a tensor is laid out.
 AXES = {
@@ -119,7 +122,14 @@ def next_token_loss(out: ModelOutput, tokens_BS: Tensor) -> Tensor:
     """Returns the mean cross-entropy, in nats, of the model's output for the first T tokens of
     windows (B, T + 1) against the last T."""
     hidden_ND, target_N = out.hidden_BTD.flatten(0, 1), tokens_BS[:, 1:].flatten()
-    return out.ops.head_loss(hidden_ND, out.head_VD, target_N, out.vocab_size)
+    if torch.is_grad_enabled():
+        return out.ops.head_loss(hidden_ND, out.head_VD, target_N, out.vocab_size)
+    rows = max(1, MAX_LOGITS // out.vocab_size)
+    losses = [
+        len(target) / len(target_N) * out.ops.head_loss(hidden, out.head_VD, target, out.vocab_size)
+        for hidden, target in zip(hidden_ND.split(rows), target_N.split(rows), strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 class SLM(nn.Module):

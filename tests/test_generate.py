@@ -16,9 +16,11 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from config import InputError, ModelConfig
 from models import SLM, KVCache
+from tests.helpers import gpu_models
 from tests.helpers.small_models import CONFIGS, random_model
 from transfer import TrainState
 from utils.checkpoint.model import Checkpoint, load_checkpoint, save_checkpoint
+from utils.generate import stories
 from utils.generate.__main__ import main
 from utils.generate.sampling import Sampling
 from utils.generate.stories import (
@@ -144,6 +146,52 @@ def test_texts_written_together_are_those_written_alone(config, temperature):
         ended = [text[: text.index(eos_id)] if eos_id in text else text for text in alone]
         assert generate(model, starts, 30, [eos_id], Sampling(temperature, seed=4)) == ended
     assert generate(model, [], 30, (), Sampling()) == []
+
+
+@gpu_models.needs_fused_kernels
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        (gpu_models.DENSE, torch.float32),
+        (gpu_models.DENSE, torch.bfloat16),
+        (gpu_models.MOE, torch.bfloat16),
+    ],
+    ids=["float32", "bf16", "experts"],
+)
+def test_a_captured_pass_writes_what_a_pass_without_a_capture_does(
+    config, dtype, temperature, monkeypatch
+):
+    torch.manual_seed(0)
+    weights = TrainState.from_model(SLM(config)).weights
+    large = {name: 8 * w if w.dim() > 1 else w for name, w in weights.items()}
+    model = TrainState(config, large).model().to(gpu_models.CUDA, dtype)
+    sampling, captured = Sampling(temperature, seed=4), []
+
+    class CountedPass(stories.CapturedPass):
+        def __init__(self, *args):
+            super().__init__(*args)
+            captured.append(self)
+
+    monkeypatch.setattr(stories, "CapturedPass", CountedPass)
+
+    def assert_same(starts, stop_ids=()):
+        captured.clear()
+        with_capture = generate(model, starts, 40, stop_ids, sampling)
+        assert captured
+        with monkeypatch.context() as patch:
+            patch.setattr(stories, "is_worth_capturing", lambda *_: False)
+            assert generate(model, starts, 40, stop_ids, sampling) == with_capture
+        return with_capture
+
+    single_tokens = assert_same([[5], [6], [7]])
+    assert len({*map(tuple, single_tokens)}) == 3
+    different_lengths = [[5], [5, 6, 7], [20, 21], [9] * 30]
+    texts = assert_same(different_lengths)
+    early = texts[1][4]
+    ended = assert_same(different_lengths, [early])
+    assert len(ended[1]) <= 4
+    assert_same([[3, 4], [8] * (config.seq_len - 15)])  # the second grows beyond the context
 
 
 def test_two_stories_with_the_same_prompt_are_not_the_same(model):

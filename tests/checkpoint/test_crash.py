@@ -1,5 +1,7 @@
 """A run that is killed or stopped, at any moment, ends as if nothing had happened."""
 
+import errno
+import os
 import random
 import shutil
 import signal
@@ -11,7 +13,7 @@ import pytest
 
 from tests.helpers.killed_runs import (
     MAX_SECONDS,
-    arm_signal,
+    arm,
     finish_and_compare,
     read_outcome,
     read_output,
@@ -21,16 +23,24 @@ from tests.helpers.killed_runs import (
 )
 from train import main
 from utils.checkpoint.resume import KEPT_POINTS
-from utils.metrics.history import HISTORY_FILE, read_history
-from utils.runtime.atomic_io import load_tensors
+from utils.metrics.history import HISTORY_FILE, read_history, time_spent
+from utils.runtime.atomic_io import PART_SUFFIX, load_tensors
 from utils.runtime.signals import Stopped
+from utils.runtime.stopwatch import TIME_KINDS
 from utils.training import step
 
+FULL, BROKEN = ((number, os.strerror(number)) for number in (errno.ENOSPC, errno.EIO))
+"""What a full disk and a broken one say."""
 KILLS = {
     "from the first step to the third point": """
         before CONTEXT.RunContext.record_start 1, before STEP 1, before torch.save 1,
         amid WRITE 3, after torch.save 1, before pathlib.Path.replace 1,
         after pathlib.Path.replace 1, after RESUME.save_tensors 2, before RESUME.resume_points 4""",
+    "from the copy of a point to the sweep of an older one": """
+        before BACKGROUND.submit 1, after BACKGROUND.copy 1, amid WRITE 1, amid WRITE 220,
+        amid WRITE 438, after RESUME.save_tensors 1, after BACKGROUND.submit 1,
+        before RESUME.resume_points 4, before SYNC_FOLDER 2,
+        before pathlib.Path.unlink 6, after pathlib.Path.unlink 5""",
     "while it grows": """
         before PHASE.grow 1, after PHASE.grow 1, after PHASE.save_checkpoint 1,
         after PHASE.grow_and_verify 1, after PHASE.grow 2, before RESUME.save_checkpoint 1,
@@ -57,10 +67,26 @@ STOPS = """
     before PHASE.write_stories 2, before PHASE.grow 1, after PHASE.grow 1,
     before utils.metrics.history.History.__call__ 5, before RESUME.save_checkpoint 1,
     before CONTEXT.plot 1"""
+MODES = {
+    "beside training": {},
+    "beside, on a slow disk": {"steps_per_write": 2},
+    "in place": {"in_place": True},
+}
+"""How a run writes its files."""
+FAULTS = """
+    before utils.metrics.history.History.sync 1, before pathlib.Path.replace 1,
+    before SYNC_FOLDER 1, before pathlib.Path.replace 1,
+    before utils.metrics.history.History.sync 2, before RESUME.save_checkpoint 1,
+    before SYNC_FOLDER 1, before pathlib.Path.replace 2, after pathlib.Path.replace 2,
+    before PHASE.save_checkpoint 1, before SYNC_FOLDER 1, before RESUME.resume_points 3,
+    before pathlib.Path.replace 3, after pathlib.Path.replace 3"""
+"""Moments at which a disk fails."""
 ACTIVITIES = """
     prepare_corpus keep wait plot sample_stories evaluate grow train_step build_optimizer
-    latest_point report check_memory record_start train_phase prepare_run main"""
-"""Functions on the stack that tell, the innermost first, what a run was doing."""
+    latest_point report check_memory record_start train_phase prepare_run main save_tensors
+    _worker"""
+"""Functions on the stack that tell, the innermost first, what a run was doing; the last two are
+those of the threads that write and that add up a file."""
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["beside training", "in place"])
@@ -102,21 +128,66 @@ def test_a_run_that_goes_on_with_other_settings_keeps_them_wherever_it_is_killed
     }
 
 
+def train_with(run, **changes):
+    """The run with other settings of its training."""
+    return replace(run, training=replace(run.training, **changes))
+
+
+def last_step(run):
+    """The last step, with its phase, that a run's history tells of."""
+    steps = [event for event in read_history(run.out / HISTORY_FILE) if "step" in event]
+    return steps[-1]["phase"], steps[-1]["step"]
+
+
+def test_a_run_killed_during_a_write_that_it_trains_beside_ends_as_if_it_never_had_been(
+    start_run, run, undisturbed
+):
+    """The history tells that steps were taken since the copy was made."""
+    run = train_with(run, checkpoint_every="5")
+    amounts = ["amid WRITE 1", "amid WRITE 200", "amid WRITE 430", "after RESUME.save_tensors 1"]
+    for phase, moments in ((1, amounts), (2, ["after RESUME.save_checkpoint 2", *amounts])):
+        for number, moment in enumerate(moments):
+            (moment,) = split_moments(moment)
+            options = replace(run, resume=phase > 1 or number > 0), (moment, signal.SIGKILL)
+            process = start_run(*options, steps_per_write=3)
+            assert wait_for_exit(process) == -signal.SIGKILL, moment
+            assert last_step(run) >= (phase, 6), moment
+    finish_and_compare(start_run, run, undisturbed)
+
+
+def test_the_time_before_a_kill_counts_in_what_a_run_is_said_to_have_taken(
+    start_run, run, undisturbed
+):
+    (moment,) = split_moments("before STEP 14")
+    process = start_run(run, (moment, signal.SIGKILL), in_place=True)
+    assert wait_for_exit(process) == -signal.SIGKILL
+    before = load_tensors(resume_points_of(run)[-1])["seconds"]
+    assert all(before[kind] > 0 for kind in TIME_KINDS.keys() - {"waiting"})
+    finish_and_compare(start_run, run, undisturbed)
+    events = read_history(run.out / HISTORY_FILE)
+    spent = time_spent(events[-1])
+    assert all(spent[kind] > before[kind] for kind in TIME_KINDS)
+    assert events[-1]["wall_s"] > sum(before.values()) > events[0]["wall_s"]
+
+
 def last_activity(run):
-    """The phase that a killed run was in, and what it was doing."""
+    """The phase that a killed run was in, what it was doing, and whether it was amid a point or a
+    checkpoint."""
     functions = [line.split()[-1] for line in read_output(run, "stack").splitlines()]
     history = run.out / HISTORY_FILE
     events = read_history(history) if history.exists() else []
     phase = max((event.get("phase", 0) for event in events), default=0)
-    return phase, next((name for name in ACTIVITIES.split() if name in functions), "start")
+    activity = next((name for name in ACTIVITIES.split() if name in functions), "start")
+    return phase, activity, any(run.out.rglob(f".*.pt.*{PART_SUFFIX}"))
 
 
-def kill_at_random(start_run, run, undisturbed, chance, times):
+def kill_at_random(start_run, run, undisturbed, chance, times, **options):
     """Kills a run at random moments, then finishes it. Returns how often it was doing what."""
     activities = Counter()
     for _ in range(times):
         timer = undisturbed.cpu_seconds * chance.uniform(0.02, 0.25), signal.SIGPROF
-        code = wait_for_exit(start_run(replace(run, resume=run.out.exists()), timer=timer))
+        process = start_run(replace(run, resume=run.out.exists()), timer=timer, **options)
+        code = wait_for_exit(process)
         assert code in (0, -signal.SIGPROF)
         if code:
             activities[last_activity(run)] += 1
@@ -139,11 +210,15 @@ def test_two_hundred_kills_at_random_moments_leave_no_trace(start_run, run, undi
         runs += 1
         assert runs <= 200, "most runs end before they are killed"
         other = replace(run, out=run.out.with_name(f"run{runs}"))
-        activities += kill_at_random(start_run, other, undisturbed, chance, 4)
+        mode = list(MODES)[runs % len(MODES)]
+        kills = kill_at_random(start_run, other, undisturbed, chance, 4, **MODES[mode])
+        activities += Counter({(mode, *kill): times for kill, times in kills.items()})
+    amid = Counter(mode for mode, *_, is_amid in activities.elements() if is_amid)
+    assert amid.keys() == MODES.keys(), "no kill amid a file"
     with capsys.disabled():
-        print(f"\n{activities.total()} kills of {runs} runs, by phase:")
-        for (phase, activity), times in sorted(activities.items()):
-            print(f"{phase}  {activity:<16}{times:>4}")
+        print(f"\n{activities.total()} kills of {runs} runs, {dict(amid)} amid a file; by phase:")
+        for (mode, phase, activity, is_amid), times in sorted(activities.items()):
+            print(f"{phase}  {mode:<23}{activity:<16}{'amid a file' * is_amid:<12}{times:>4}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -155,6 +230,83 @@ def test_a_run_that_a_signal_stops_says_how_to_go_on_and_does(number, start_run,
         error = read_output(run, "stderr")
         assert error.startswith(f"stopped by {number.name}; ") and error.count("\n") == 1, moment
         assert ("--resume goes on" if resume_points_of(run) else "run the same") in error, moment
+    finish_and_compare(start_run, run, undisturbed)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_disk_that_fails_stops_the_run_with_one_error_and_nothing_is_damaged(
+    mode, start_run, run, undisturbed
+):
+    run = train_with(run, checkpoint_every="4")
+    for number, moment in enumerate(split_moments(FAULTS)):
+        fault = OSError(*(FULL if number % 2 else BROKEN))
+        process = start_run(replace(run, resume=number > 0), (moment, fault), **mode)
+        assert wait_for_exit(process) == 1, moment
+        error, points = read_output(run, "stderr"), resume_points_of(run)
+        assert error.startswith(f"stopped: {fault}; ") and error.count("\n") == 1, moment
+        assert (f"{points[-1]} is kept: " if points else "nothing was kept yet") in error, moment
+        for path in [*points, *run.out.glob("*.pt")]:
+            assert load_tensors(path), moment
+        assert not list(run.out.rglob(f"*{PART_SUFFIX}")), moment
+    finish_and_compare(start_run, run, undisturbed)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside training", "in place"])
+def test_a_signal_between_the_two_files_of_a_phases_end_keeps_both_and_writes_them_once(
+    in_place, start_run, run, undisturbed
+):
+    run = train_with(run, checkpoint_every="60min")
+    moments = "before RESUME.save_checkpoint 1, after RESUME.save_checkpoint 1"
+    (again,) = split_moments("before RESUME.save_tensors 2")
+    for moment in split_moments(moments):
+        armed = (moment, signal.SIGTERM), (again, signal.SIGKILL)
+        process = start_run(replace(run, overwrite=True), *armed, in_place=in_place)
+        assert wait_for_exit(process) == 128 + signal.SIGTERM
+        (point,) = resume_points_of(run)
+        assert point.name == "phase001-step00000009.pt", moment
+    finish_and_compare(start_run, run, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def begun_run(undisturbed_run, start_run):
+    """A run that has kept one point, that of step 4."""
+    out = undisturbed_run.out.with_name("barely-begun")
+    run = train_with(replace(undisturbed_run, out=out), checkpoint_every="4")
+    (moment,) = split_moments("after RESUME.save_tensors 1")
+    process = start_run(run, (moment, signal.SIGKILL))
+    assert wait_for_exit(process) == -signal.SIGKILL
+    return run
+
+
+@pytest.mark.parametrize(
+    "first, moment, event, code, steps",
+    [
+        (signal.SIGTERM, "", 0, 143, (8, 9)),
+        (signal.SIGUSR1, "amid WRITE 200", signal.SIGTERM, 138, (8, 9)),
+        (signal.SIGTERM, "amid WRITE 200", signal.SIGTERM, 143, (4,)),
+        (signal.SIGTERM, "after RESUME.save_tensors 1", signal.SIGINT, 130, (4, 8)),
+        (signal.SIGTERM, "before pathlib.Path.replace 1", OSError(*FULL), 1, (4,)),
+    ],
+    ids=["one signal", "a later one", "a second one", "a second one between", "a full disk"],
+)
+def test_a_signal_during_a_slow_write_waits_for_it_and_keeps_a_fresh_point(
+    first, moment, event, code, steps, begun_run, start_run, run, undisturbed
+):
+    """The signal comes in the last step of phase 1, while the point of step 8 is written. The
+    process leaves at once where a second one comes that insists."""
+    run = replace(begun_run, out=run.out)
+    shutil.copytree(begun_run.out, run.out)
+    (stop,) = split_moments("before STEP 5")
+    later = [(name, event) for name in split_moments(moment) if name]
+    process = start_run(replace(run, resume=True), (stop, first), *later, steps_per_write=9)
+    assert wait_for_exit(process) == code
+    points = resume_points_of(run)
+    assert [path.name for path in points] == [f"phase001-step{n:08d}.pt" for n in steps]
+    assert all(map(load_tensors, points))
+    if code == 1:
+        error = read_output(run, "stderr")
+        assert error.startswith(f"stopped: {event}; {points[-1]} is kept: ")
+        assert error.count("\n") == 1
     finish_and_compare(start_run, run, undisturbed)
 
 
@@ -185,7 +337,7 @@ def test_a_notebooks_interrupt_keeps_a_point(run, undisturbed, start_run):
     before = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "train_step", step.train_step)  # undoes what is armed
-        arm_signal(moment, signal.SIGINT)
+        arm(moment, signal.SIGINT)
         with pytest.raises(Stopped, match=r"stopped by SIGINT; .*--resume goes on from there"):
             main(run)
     assert signal.getsignal(signal.SIGINT) == before
@@ -224,7 +376,8 @@ def test_a_folder_belongs_to_one_live_run_and_is_free_once_that_is_killed(
     start_run, run, undisturbed
 ):
     (pause,) = split_moments("after STEP 4")
-    process, deadline = start_run(run, (pause, signal.SIGSTOP)), time.monotonic() + MAX_SECONDS
+    process = start_run(run, (pause, signal.SIGSTOP), in_place=True)  # no write is stopped with it
+    deadline = time.monotonic() + MAX_SECONDS
     try:
         while not resume_points_of(run) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -30,15 +30,17 @@ from utils.metrics.history import HISTORY_FILE
 from utils.runtime.atomic_io import load_tensors
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside training", "in place"])
 @pytest.mark.parametrize(
     "checkpoint_every, max_file_bytes, phase",
     [("2", 200_000, 0), ("2", 500_000, 1), ("2", 2_000_000, 2), ("60min", 3_000, 0)],
 )
 def test_a_full_disk_stops_the_run_with_all_that_was_good_intact(
-    checkpoint_every, max_file_bytes, phase, start_run, run, undisturbed
+    checkpoint_every, max_file_bytes, phase, in_place, start_run, run, undisturbed
 ):
     run = replace(run, training=replace(run.training, checkpoint_every=checkpoint_every))
-    assert wait_for_exit(start_run(run, max_file_bytes=max_file_bytes)) == 1
+    process = start_run(run, max_file_bytes=max_file_bytes, in_place=in_place, steps_per_write=2)
+    assert wait_for_exit(process) == 1
     error = read_output(run, "stderr")
     assert error.startswith("stopped: ") and "File too large" in error and error.count("\n") == 1
     points = resume_points_of(run)
@@ -189,6 +191,25 @@ def test_a_file_where_the_points_belong_is_named(run, start_run):
     assert_refused(run, start_run, f"out = {run.out} cannot be written")
 
 
+@pytest.mark.parametrize("setting, value", [("steps_phase4", 9), ("lr_phase4", 1e-3)])
+def test_a_run_whose_last_phase_has_been_trained_is_refused_more_and_told_how(
+    setting, value, start_run, run, undisturbed
+):
+    """The point at the end of the last phase is without Adam's state."""
+    (moment,) = split_moments("before PHASE.sample_stories 4")
+    process = start_run(run, (moment, signal.SIGKILL), in_place=True)
+    assert wait_for_exit(process) == -signal.SIGKILL
+    more = replace(run, resume=True, training=replace(run.training, **{setting: value}))
+    changed = f"training.{setting} was {getattr(run.training, setting)}, is {value}"
+    source = f"--init-from {run.out / 'large_moe_final.pt'}"
+    remedy = "--resume without that change finishes the run, after which this command says how to"
+    assert_refused(
+        more, start_run, f"{changed}, but phase 4 (deep) has been trained; {remedy}", source
+    )
+    finish_and_compare(start_run, run, undisturbed)
+    assert_refused(more, start_run, f"{changed}; this trains its model further", source)
+
+
 @pytest.mark.parametrize("lr, log_every", [(1e30, 9), (1e30, 2), (1e39, 9)])
 def test_a_loss_that_is_not_finite_leaves_no_point_that_is_not(lr, log_every, run, capsys):
     training = replace(run.training, checkpoint_every="1", log_every=log_every, lr_phase2=lr)
@@ -196,6 +217,7 @@ def test_a_loss_that_is_not_finite_leaves_no_point_that_is_not(lr, log_every, ru
     points = resume_points_of(run)
     where = r"^stopped: phase 2( \(moe\))?, step \d+: [\w.]+ is (nan|inf|not finite)"
     assert code == 1 and re.search(where, error)
+    assert error.count("; choose a lower --training.lr-phase2 than ") == 1
     assert f"{points[-1]} is kept: the same command with --resume" in error
     for path in points:
         content = load_tensors(path)

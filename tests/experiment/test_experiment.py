@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from config import PRESETS, InputError, Phase, TrainingConfig, tiny
-from tests.helpers.small_runs import small_run
+from tests.helpers.small_runs import assert_times_add_up, small_run
 from utils.experiment.records import report_of
 from utils.experiment.runner import run_experiment
 from utils.experiment.variants import EXPERIMENTS, Experiment, parse_experiment
@@ -33,6 +33,8 @@ def test_variants_start_from_one_model_and_a_finished_one_is_not_trained_again(s
         for runs in experiment.variant_runs().values()
         for run in runs
     ]
+    for events in histories:
+        assert_times_add_up(events)
     before = {select_events(events, "grow")[0]["valid_loss_fp32"] for events in histories}
     assert len(before) == 1, "one checkpoint, which no variant has changed"
     ends = {select_events(events, "eval")[-1]["final_valid_loss"] for events in histories}

@@ -3,8 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from config import Deepen, Run, TrackerName, TrainingConfig, Upcycle, tiny
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history
+from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, time_spent
+from utils.runtime.stopwatch import TIME_KINDS
 
 MODEL = replace(tiny().model, vocab_size=300, d_model=32, n_layers=2, d_ff=48, seq_len=32)
 TRAINING = TrainingConfig(log_every=2, eval_every=3, eval_tokens=400, sample_tokens=6)
@@ -48,3 +51,13 @@ def comparable_history(out: Path) -> list[dict]:
     for name in ("config", "commit"):
         del events[0][name]
     return [{k: v for k, v in event.items() if not k.endswith("_s")} for event in events]
+
+
+def assert_times_add_up(events: list[dict]) -> None:
+    """Asserts that a finished run's time never goes back, and that what it was spent on is all of
+    it."""
+    times = [event["wall_s"] for event in events]
+    assert times == sorted(times)
+    spent = time_spent(events[-1])
+    assert spent.keys() == TIME_KINDS.keys()
+    assert sum(spent.values()) == pytest.approx(times[-1], abs=1e-3)

@@ -17,6 +17,7 @@ from utils.metrics.console import (
     GROWTH_LEGEND,
     bar_format,
     estimate_line,
+    evaluation_share_line,
     growth_line,
     passes_lines,
     phase_row,
@@ -24,9 +25,11 @@ from utils.metrics.console import (
     run_header,
     run_report,
     run_summary,
+    time_line,
     underused_line,
 )
 from utils.runtime.formatting import LINE_WIDTH, format_table, wrap_lines
+from utils.runtime.stopwatch import TIME_KINDS
 from utils.schedule.phases import resolve_phases, resume_phases
 from utils.text.builtin.stories import builtin_stories
 from utils.text.sources import SEPARATOR
@@ -172,7 +175,9 @@ def test_every_line_of_a_run_fits_a_line_of_the_terminal(long_phases):
     underused = [(layer, 7) for layer in range(9)]
     for prose in (
         growth_line(phase, phase.growth, DRIFT),
-        estimate_line([phase], 1e-12),
+        estimate_line([phase], [{"steps": 1e9, "evaluation": 1e8}]),
+        evaluation_share_line([phase], [{"steps": 1.0, "evaluation": 99.0}]),
+        time_line({kind: 12_345.6 for kind in TIME_KINDS}),
         underused_line(phase, underused, 0.01),
     ):
         assert is_narrow(wrap_lines(prose)), prose
@@ -205,6 +210,29 @@ def test_the_name_of_a_phase_may_have_braces(tmp_path):
     (phase,) = resolve_phases(run)
     assert (
         bar_format(phase, 80)
-        .format(postfix="", remaining="00:01", n_fmt=1, total_fmt=2, bar="")
+        .format(postfix=", 00:01 left", n_fmt=1, total_fmt=2, bar="")
         .startswith("phase 1 (a{b}), 00:01 left")
     )
+
+
+def test_a_phase_whose_evaluations_take_more_than_a_small_share_is_named(tmp_path):
+    phases = resolve_phases(small_run(tmp_path))[:3]
+    left = [{"steps": 96.9, "evaluation": 3.1}, {"steps": 97.1, "evaluation": 2.9}]
+    left.append({"steps": 40.0, "evaluation": 50.0, "samples": 10.0})
+    line = evaluation_share_line(phases, left)
+    assert line.startswith("evaluations take about 3% of dense, 50% of wide; a higher --training.")
+    assert evaluation_share_line(phases[1:2], left[1:2]) == ""
+
+
+def test_the_estimate_counts_all_that_is_to_come_and_tells_each_phase(tmp_path):
+    phases = resolve_phases(small_run(tmp_path))[2:]
+    line = estimate_line(phases, [{"steps": 20.0, "saving": 5.0}, {"steps": 1.0, "start": 2.0}])
+    assert line == "about 28 s to come (wide 25 s, deep 3 s)"
+
+
+def test_the_summary_tells_what_the_time_was_spent_on_largest_part_first():
+    spent = {"steps_s": 60.0, "start_s": 4.0, "saving_s": 0.1, "evaluation_s": 36.0}
+    end = {"event": "end", "wall_s": 100.1, "tokens": 9, **spent}
+    told = "100 s in all: steps 60 s (60%), evaluation 36 s (36%), start 4 s (4%)"
+    assert run_summary([end]).endswith(f"\n\n{told}")
+    assert "in all" not in run_summary([{"event": "end", "wall_s": 9.0, "tokens": 9}])

@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from config import tiny
 from utils.metrics.throughput import (
     STEP_METRICS,
+    TIMED_STEPS,
     AccumulatorState,
-    EtaEstimator,
     MetricAccumulator,
+    StepTimer,
 )
 from utils.runtime.errors import NotFinite
-from utils.schedule.phases import resolve_phases
+from utils.runtime.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 STEPS = [torch.tensor([3.0, 2.0, 0.5, 1.0]), torch.tensor([2.0, 4.0, 1.5, 0.0])]
@@ -51,8 +51,16 @@ def test_a_metric_that_is_not_finite_stops_the_run_by_its_name_and_place(bad):
             ask("phase 1, step 7")
 
 
-def test_the_time_to_come_is_estimated_once_and_names_every_phase():
-    estimator = EtaEstimator(resolve_phases(tiny()), CPU)
-    lines = [line for step in range(1, 20) if (line := estimator.line_after(step))]
-    assert len(lines) == 1
-    assert all(phase in lines[0] for phase in ("dense", "moe", "wide", "deep"))
+def test_a_step_is_timed_once_after_a_warm_up_and_without_what_lies_between_steps():
+    clock_s = 0.0
+    stopwatch = Stopwatch(0.0, lambda: clock_s)
+    timer = StepTimer(CPU, stopwatch)
+    measured = []
+    for step in range(1, 30):
+        with stopwatch.counting("steps"):
+            clock_s += 90.0 if step <= timer.skipped_steps else 0.25
+            with stopwatch.counting("evaluation"):
+                clock_s += 7.0
+            measured.append(timer.count())
+    last = timer.skipped_steps + TIMED_STEPS
+    assert measured == [None] * (last - 1) + [0.25] + [None] * (29 - last)

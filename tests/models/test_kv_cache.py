@@ -85,3 +85,22 @@ def test_tokens_that_do_not_fit_the_cache_or_the_context_are_refused():
     with pytest.raises(ValueError, match="14 tokens do not fit a context of 13"):
         model(tokens[:, 10:], kv_cache)
     assert kv_cache.lengths == [10] * 3
+
+
+@for_each_model
+@torch.no_grad()
+def test_places_given_on_the_device_are_followed_whatever_the_lengths_were(config):
+    model, tokens = random_model(config), windows(config)[:, :-1]
+    caches = [cache_for(model, 3, slots=11) for _ in range(2)]
+    for kv_cache in caches:
+        model(tokens[:, :6], kv_cache)
+        kv_cache.lengths = [2, 6, 4]
+    by_length, by_place = caches
+    place_B1 = torch.tensor([[2], [6], [4]])
+    for _ in range(5):
+        token_B1 = tokens.gather(1, place_B1)
+        by_place.lengths = [2, 6, 4]  # those of the capture
+        by_place.next_B1 = place_B1
+        assert_equal(model(token_B1, by_place).logits, model(token_B1, by_length).logits)
+        place_B1 = place_B1 + 1
+    assert by_length.lengths == [7, 11, 9]

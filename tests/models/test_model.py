@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import models.model
 from models import AXES, SLM, ModelOutput, axes, meta_model, next_token_loss
+from models.ops import Ops
 from tests.helpers.small_models import (
     CONFIGS,
     DENSE,
@@ -93,6 +95,27 @@ def test_each_position_predicts_the_token_after_it():
     assert next_token_loss(output_with_logits(certain_BTV), tokens) < 1e-6
     wrong_BTV = certain_BTV.roll(1, -1)
     assert next_token_loss(output_with_logits(wrong_BTV), tokens) == pytest.approx(50)
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 38, 39, 100])
+def test_without_gradient_the_loss_in_parts_is_that_at_once(max_rows, monkeypatch):
+    tokens = windows(DENSE)  # 3 windows of 13
+    model = random_model(replace(DENSE, logit_scale=0.5))
+    at_once = next_token_loss(model(tokens[:, :-1]), tokens)
+    monkeypatch.setattr(models.model, "MAX_LOGITS", max_rows * DENSE.vocab_size)
+    sizes = []
+
+    class CountingOps(Ops):
+        def head_loss(self, hidden_ND, *args):
+            sizes.append(len(hidden_ND))
+            return super().head_loss(hidden_ND, *args)
+
+    with torch.no_grad():
+        out = model(tokens[:, :-1])
+        parts = ModelOutput(out.hidden_BTD, out.head_VD, out.vocab_size, (), CountingOps())
+        in_parts = next_token_loss(parts, tokens)
+    assert max(sizes) <= max_rows and sum(sizes) == 39
+    torch.testing.assert_close(in_parts, at_once.detach(), rtol=1e-12, atol=0)
 
 
 def output_with_logits(logits_BTV):

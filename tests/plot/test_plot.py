@@ -216,6 +216,12 @@ def test_a_finished_run_says_what_it_read_where_it_ran_and_how_far_it_got():
     assert title(make_figure({"run": events})) == expected
 
 
+def test_a_finished_run_says_how_much_of_its_time_its_steps_took():
+    *events, end = make_history(SCRATCH)
+    figure = make_figure({"run": [*events, end | {"steps_s": 50.0, "start_s": 24.0}]})
+    assert ", 74 s (50 s of steps): " in title(figure)
+
+
 def test_the_loss_that_is_told_is_that_on_the_most_text():
     *others, last, end = make_history(SCRATCH)
     evals = [event for event in (*others, last) if event["event"] == "eval"]

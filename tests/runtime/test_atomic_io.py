@@ -17,6 +17,7 @@ from utils.runtime.atomic_io import (
     load_tensors,
     remove_partial_files,
     save_tensors,
+    written_bytes,
 )
 
 resource = pytest.importorskip("resource")
@@ -136,3 +137,16 @@ def test_a_file_is_newer_than_one_that_was_not_changed_after_it(tmp_path):
         path.touch()
         os.utime(path, ns=(nanoseconds, nanoseconds))
     assert is_newer(new, old) and is_newer(new, new) and not is_newer(old, new)
+
+
+def test_how_much_of_a_file_is_written_is_known_while_it_is_written_and_later(tmp_path):
+    path = tmp_path / "a.pt"
+    (tmp_path / ".a.pt.17.part").write_text("what another process writes")
+    assert written_bytes(path) == 0
+    for size in (300, 20):  # the second time in place of the first
+        with atomic_file(path) as file:
+            for part in range(1, 3):
+                file.write(bytes(size))
+                file.flush()
+                assert written_bytes(path) == part * size
+        assert written_bytes(path) == 2 * size

@@ -7,10 +7,13 @@ import torch
 
 from config import InputError
 from utils.runtime.device import (
+    MIN_PINNED_BYTES,
+    PINNED_BYTES,
     choose_device,
     is_out_of_memory,
     on_cpu,
     shrink_cublas_workspaces,
+    to_cpu,
     training_dtype,
 )
 
@@ -61,3 +64,45 @@ def test_a_cpu_that_runs_out_of_memory_is_told_from_other_errors():
     assert is_out_of_memory(raised.value)
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+ODD = PINNED_BYTES // 4 + 3
+"""Float32 numbers that are no whole number of chunks."""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (), (0,), (1,), (3, 5), (MIN_PINNED_BYTES // 4 - 1,), (MIN_PINNED_BYTES // 4,),
+        (MIN_PINNED_BYTES + 1,), (PINNED_BYTES // 4,), (PINNED_BYTES // 2,), (ODD,), (7, ODD),
+        (2 * PINNED_BYTES // 4, 4),
+    ],
+)  # fmt: skip
+def test_what_comes_from_a_gpu_has_the_same_bits_whatever_its_size(shape, dtype):
+    torch.manual_seed(0)
+    on_gpu = torch.randint(256, shape, device="cuda").to(dtype)
+    copy = to_cpu(on_gpu)
+    assert copy.device.type == "cpu" and copy.is_contiguous() and copy.dtype == dtype
+    assert copy.shape == shape and torch.equal(copy, on_gpu.cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_does_not_lie_in_a_row_on_a_gpu_comes_as_it_reads():
+    matrix = torch.arange(6 * ODD, device="cuda").view(6, ODD)
+    for tensor in (matrix.t(), matrix[:, 1:-1], matrix[::2], matrix[0].expand(3, -1)):
+        assert torch.equal(to_cpu(tensor), tensor.cpu())
+    signs = torch.tensor([0.0, -0.0, torch.nan, torch.inf], device="cuda").repeat(ODD)
+    bits = to_cpu(signs).view(torch.int32)
+    assert torch.equal(bits, signs.view(torch.int32).cpu())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_copy_from_a_gpu_is_of_the_moment_when_it_is_asked_for():
+    tensor = torch.zeros(3 * ODD, device="cuda")
+    for value in range(20):
+        tensor.fill_(value)
+        copy = to_cpu(tensor)
+        tensor.fill_(-1)
+        assert (copy == value).all()

@@ -1,6 +1,7 @@
 """What a run evaluates and judges its growth on is the validation text, and nothing else."""
 
 import random
+import re
 from dataclasses import replace
 from math import log
 
@@ -144,7 +145,18 @@ def test_a_phase_that_grew_is_evaluated_soon_after_however_rare_evaluations_are(
     evals = select_events(events, "eval")
     moments = [(event["phase"], event["step"]) for event in evals]
     assert moments == [(1, 0), (1, 1), (2, 0), (2, 10), (2, 50), (2, 200), (2, 201)]
-    assert [e["step"] for e in evals if "valid_loss_fp32" in e] == [0, 10, 50, 200]
+    assert [e["step"] for e in evals if "valid_loss_fp32" in e] == [0]
+
+
+def test_evaluations_that_cost_more_than_they_should_are_told_at_the_start(train_schedule, capsys):
+    def told(**options):
+        train_schedule(replace(TRAINING, sample_tokens=0, **options), only=Phase(steps=12))
+        return " ".join(capsys.readouterr().out.split())
+
+    line = r"about \d.* s to come \(only \S+ s\) evaluations take about \d+% of only; a higher "
+    assert re.search(line, told(eval_every=1, eval_tokens=10**5, final_eval_tokens=10**5))
+    sparing = told(eval_every=12, eval_tokens=32, final_eval_tokens=32)
+    assert re.search(r"about \d.* s to come", sparing) and "evaluations take" not in sparing
 
 
 def test_experts_that_get_few_tokens_are_counted_and_named(train_schedule, capsys):

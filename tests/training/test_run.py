@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from config import Deepen, InputError, Phase, Upcycle, Widen
 from tests.helpers.small_models import is_identical
@@ -18,13 +20,26 @@ from tests.helpers.small_runs import (
     MODEL,
     RUN_FILES,
     TRAINING,
+    assert_times_add_up,
     comparable_history,
 )
 from train import main
 from transfer.proof import compare_checkpoints
 from utils.checkpoint.model import load_checkpoint
-from utils.metrics.history import HISTORY_FILE, PLOT_FILE, read_history, select_events
+from utils.data import ValidWindows
+from utils.metrics.console import SMALLEST_SHARE, run_summary
+from utils.metrics.forecast import Forecast
+from utils.metrics.history import (
+    HISTORY_FILE,
+    PLOT_FILE,
+    read_history,
+    select_events,
+    time_spent,
+)
 from utils.metrics.history_fields import HISTORY_FIELDS
+from utils.plot.figure import make_figure
+from utils.runtime.formatting import format_duration
+from utils.schedule.phases import resolve_phases
 
 SCRIPT = Path(__file__).parents[2] / "transfer" / "verify_growth_mechanics.py"
 
@@ -57,6 +72,38 @@ def test_the_history_tells_all_in_order_and_holds_no_nan(finished):
     assert steps == [2, 4, 5] * 2 + [2, 4] * 2
     seconds = [event["phase_s"] for event in events if event.get("trained")]
     assert 0 < sum(seconds) <= events[-1]["wall_s"]
+
+
+def test_the_time_of_a_run_is_told_by_what_it_was_spent_on(finished):
+    events = read_history(finished.out / HISTORY_FILE)
+    assert_times_add_up(events)
+    spent = time_spent(events[-1])
+    assert all(seconds > 0 for seconds in spent.values())
+    line = " ".join(run_summary(events).rpartition("\n\n")[2].split())
+    for kind, seconds in spent.items():
+        assert (f"{kind} " in line) == (seconds >= SMALLEST_SHARE * events[-1]["wall_s"])
+    whole, steps = map(format_duration, (events[-1]["wall_s"], spent["steps"]))
+    assert line.startswith(f"{whole} in all: ")
+    title = " ".join(make_figure({"run": events}).get_suptitle().split())
+    assert f", {whole} ({steps} of steps): " in title
+
+
+def test_the_time_of_a_run_counts_from_the_start_of_its_command(base_run, tmp_path):
+    run = replace(base_run, phases={"only": Phase(steps=1)}, training=TRAINING, out=tmp_path / "a")
+    main(run, started_s=time.perf_counter() - 1000)
+    first, *_, end = read_history(run.out / HISTORY_FILE)
+    assert 1000 < first["wall_s"] <= end["wall_s"] and end["start_s"] > 1000 > end["steps_s"] > 0
+
+
+def test_every_evaluation_of_a_run_is_foreseen_wherever_it_goes_on(finished):
+    events = select_events(read_history(finished.out / HISTORY_FILE), "eval")
+    phases, empty = resolve_phases(finished), torch.zeros(0, 2, dtype=torch.int64)
+    valid = ValidWindows(empty, empty, 0, 0, 0, 0)
+    forecast = Forecast(phases, finished.training, valid, torch.device("cpu"), torch.float32)
+    for phase in phases:
+        steps = [event["step"] for event in events if event["phase"] == phase.number]
+        for done in range(phase.steps + 1):
+            assert forecast.evaluations(phase, done) == sum(step >= done for step in steps)
 
 
 def test_no_growth_moves_the_model_and_training_goes_on_where_it_was(finished):

@@ -26,12 +26,19 @@ from utils.metrics.history import (
     select_events,
 )
 from utils.metrics.throughput import AccumulatorState
-from utils.runtime.atomic_io import ends_with_checksum, load_tensors, save_tensors
+from utils.runtime.atomic_io import (
+    ends_with_checksum,
+    fsync_folder,
+    load_tensors,
+    save_tensors,
+)
 from utils.runtime.errors import NotFinite
+from utils.runtime.signals import defer_signals
+from utils.runtime.stopwatch import TIME_KINDS
 from utils.schedule.phases import ResolvedPhase, resume_phases, setting_phases
 
 RESUME_FOLDER = "resume"
-RESUME_SCHEMA = 4
+RESUME_SCHEMA = 5
 KEPT_POINTS = 2
 CHANGEABLE = (
     "data.", "device", "dry_run", "init_from", "out", "overwrite", "precision", "resume",
@@ -131,6 +138,8 @@ class ResumePoint(NamedTuple):
     state: TrainState
     changes: list[SettingChange]
     """Settings that hold from here on in place of those before."""
+    seconds: dict[str, float]
+    """Seconds that the run had taken, by TIME_KINDS."""
 
 
 def run_fingerprint(
@@ -227,7 +236,12 @@ def check_changes(
         has_ended = is_length and current is phases[-1] and change.old == progress.step
         can_go_on = not has_ended and (progress.step < current.steps or is_length)
         is_done = last.number < progress.phase or (last is current and not can_go_on)
-        require(not is_done, f"{out}: {change}, but {last} has been trained")
+        further = (
+            "; --resume without that change finishes the run, after which this command says how to "
+            f"train its model further, with --init-from {out / last.checkpoint}"
+        )
+        remedy = further if last is phases[-1] else ""
+        require(not is_done, f"{out}: {change}, but {last} has been trained{remedy}")
 
 
 def flatten_settings(values: dict, prefix: str = "") -> dict[str, object]:
@@ -291,10 +305,15 @@ class ResumeCheckpointer:
         return progress.file_name == self.last_file and (self.has_saved_end or not is_end)
 
     def keep(
-        self, progress: TrainingProgress, state: TrainState, end: PhaseEnd | None = None
+        self,
+        progress: TrainingProgress,
+        state: TrainState,
+        end: PhaseEnd | None = None,
+        advice: str = "",
     ) -> None:
         """Begins to write a point, after which all but the last KEPT_POINTS are removed. At the end
-        of a phase its checkpoint is written first, and holds the point's weights.
+        of a phase its checkpoint is written first, and holds the point's weights. `advice` is for
+        NotFinite, which the write may raise when the next phase has begun.
 
         Raises:
             OSError: if the write before it has failed, or this one where it is made in place.
@@ -312,33 +331,43 @@ class ResumeCheckpointer:
             **asdict(self.fingerprint),
             **progress._asdict(),
             "metrics": metrics,
+            "seconds": self.writer.stopwatch.seconds(),
             "config": asdict(state.config),
             "weights": None if end else state.weights,
             "checkpoint": None,
             "adam": state.adam,
         }
 
+        path = self.out / RESUME_FOLDER / progress.file_name
+        weight_bytes = sum(weight.nbytes for weight in state.weights.values())
+        adam_bytes = sum(m.nbytes for moments in state.adam.values() for m in moments.values())
+        files = {self.out / end.file if end else path: weight_bytes}
+        files[path] = files.get(path, 0) + adam_bytes
+
         def write() -> None:
-            check_finite_weights(progress, state.weights)
+            check_finite_weights(progress, state.weights, advice)
             if end:
                 checkpoint = replace(end.checkpoint, weights=state.weights)
                 checksum = save_checkpoint(self.out / end.file, checkpoint)
                 content["checkpoint"] = {"file": end.file, "checksum": checksum}
-            path = self.out / RESUME_FOLDER / progress.file_name
             save_tensors(path, content, zip_sums=False)
             for old in resume_points(self.out)[: -1 if end and end.is_last else -KEPT_POINTS]:
                 old.unlink()
 
-        self.last_file, self.last_time = progress.file_name, time.perf_counter()
-        self.has_saved_end = end is not None
-        self.writer.submit(write)
+        with defer_signals():  # a signal finds the point kept, or not begun
+            self.writer.submit(write, files)
+            self.last_file, self.last_time = progress.file_name, time.perf_counter()
+            self.has_saved_end = end is not None
 
 
-def check_finite_weights(progress: TrainingProgress, weights: Mapping[str, Tensor]) -> None:
+def check_finite_weights(
+    progress: TrainingProgress, weights: Mapping[str, Tensor], advice: str
+) -> None:
     """Raises NotFinite, naming the parameter, if a weight is no longer finite."""
+    where = f"phase {progress.phase}, step {progress.step}"
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise NotFinite(f"phase {progress.phase}, step {progress.step}: {name} is not finite")
+            raise NotFinite(f"{where}: {name} is not finite", advice)
 
 
 def resume_points(out: Path) -> list[Path]:
@@ -369,7 +398,7 @@ def latest_point(
             content = load_tensors(path)
             require(content.get("schema") == RESUME_SCHEMA, f"{path} is of another schema")
             kept = RunFingerprint(**{name: content[name] for name in asdict(fingerprint)})
-            progress, state = unpack_point(path, content)
+            progress, state, seconds = unpack_point(path, content)
         except (InputError, KeyError, TypeError, AttributeError) as error:
             warn(f"{path} cannot be used ({error}); trying the one before")
             continue
@@ -380,15 +409,17 @@ def latest_point(
                 f"kept on {kept.device} with {kept.threads} threads, going on on "
                 f"{fingerprint.device} with {fingerprint.threads}: not bit for bit"
             )
-        return ResumePoint(progress, state, changes)
+        return ResumePoint(progress, state, changes, seconds)
     where = out / RESUME_FOLDER
     require(not files, f"none of the points in {where} is whole: there is nothing to resume")
     return None
 
 
-def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainState]:
-    """Returns what a resume point holds. Raises InputError, KeyError or TypeError where it is not
-    what a run would have written."""
+def unpack_point(
+    path: Path, content: dict
+) -> tuple[TrainingProgress, TrainState, dict[str, float]]:
+    """Returns what a resume point holds: the progress, the state and the seconds that they took.
+    Raises InputError, KeyError or TypeError where it is not what a run would have written."""
     config = ModelConfig.from_dict(content["config"])
     if content["checkpoint"]:
         file = path.parents[1] / content["checkpoint"]["file"]
@@ -404,7 +435,8 @@ def unpack_point(path: Path, content: dict) -> tuple[TrainingProgress, TrainStat
         check_weights(path, config, weights)
     content["metrics"] = AccumulatorState(**content["metrics"])
     progress = TrainingProgress(**{name: content[name] for name in TrainingProgress._fields})
-    return progress, TrainState(config, weights, content["adam"])
+    seconds = {kind: float(content["seconds"][kind]) for kind in TIME_KINDS}
+    return progress, TrainState(config, weights, content["adam"]), seconds
 
 
 def resume_or_clear(
@@ -423,6 +455,7 @@ def resume_or_clear(
             length = history.stat().st_size if history.exists() else 0
             require(length >= progress.history_bytes, f"{history} is shorter than it was")
             tqdm.write(f"going on at phase {progress.phase}, step {progress.step}")
+            keep_until(run.out, progress)
             return point
         tqdm.write("no point to resume from was kept yet: the run begins anew")
     files = [name for phase in phases for name in phase.checkpoint_files]
@@ -430,6 +463,17 @@ def resume_or_clear(
     for path in [*resume_points(run.out), *(run.out / name for name in own)]:
         path.unlink(missing_ok=True)
     return None
+
+
+def keep_until(out: Path, progress: TrainingProgress) -> None:
+    """Removes all points but that of `progress` and those before it that are kept. One after it
+    could not be used, and what it tells of the history is no longer so; and a run that was killed
+    may not have removed older ones."""
+    fsync_folder(out / RESUME_FOLDER)  # its process may have been killed before it did
+    points = resume_points(out)
+    until = [path for path in points if path.name <= progress.file_name]
+    for path in {*points} - {*until[-KEPT_POINTS:]}:
+        path.unlink()
 
 
 def remove_resume_points(out: Path) -> None:

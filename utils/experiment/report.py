@@ -101,8 +101,8 @@ def claim_note(ends_VS: np.ndarray) -> str:
 
 
 def settling_rows(histories: Histories) -> TableRows:
-    """Returns how far the float32 loss was above that before the growth, means over seeds, by step;
-    in the last row how far apart chance alone puts two variants at that step."""
+    """Returns how far the validation loss was above that before the growth, means over seeds, by
+    step; in the last row how far apart chance alone puts two variants at that step."""
     above: dict[str, dict[int, list[float]]] = {}
     for name, seeds in histories.items():
         by_step = above.setdefault(name, {})

@@ -21,6 +21,7 @@ from utils.experiment.variants import Experiment
 from utils.metrics.history import HISTORY_FILE, History, read_history, run_record
 from utils.optim.adamw import place_state
 from utils.runtime.formatting import wrap_lines
+from utils.runtime.stopwatch import Stopwatch
 from utils.schedule.memory import check_memory
 from utils.schedule.phases import resolve_phases
 from utils.training.context import RunContext, RunSetup, check_run, prepare_run
@@ -79,8 +80,9 @@ def trunk_state(setup: RunSetup) -> TrainState:
         point = latest_point(run.out, fingerprint, tqdm.write)
         if point is None or (point.progress.phase, point.progress.step) != end:
             (run.out / HISTORY_FILE).unlink(missing_ok=True)
-            writer = setup.make_writer()
-            with History(run.out / HISTORY_FILE) as history, writer.finished():
+            writer = setup.make_writer(stopwatch := Stopwatch())
+            history = History(run.out / HISTORY_FILE, stopwatch.now)
+            with history, writer.finished():
                 checkpointer = ResumeCheckpointer(run, fingerprint, history, writer)
                 trunk = setup._replace(phases=phases)
                 context = RunContext.from_setup(trunk, history, checkpointer)
@@ -109,7 +111,7 @@ def train_variant(setup: RunSetup, state: TrainState) -> list[dict]:
                 own_state = place_state(deepcopy(state), run.training, setup.device)
                 grown = grow_and_verify(own_state, phase, context)
                 train_phase(grown, phase, context, TrainingProgress.start_of(phase=0))
-                history("end", tokens=phase.tokens_at(phase.steps))
+                context.record_end()
     return read_history(path)
 
 

@@ -30,6 +30,7 @@ from config import InputError, require
 from models import SLM, KVCache
 from utils.checkpoint.model import load_checkpoint
 from utils.checkpoint.run_dir import find_checkpoint
+from utils.generate.captured_pass import CapturedPass, is_worth_capturing
 from utils.generate.sampling import Sampling
 from utils.runtime.cli import decode_argument
 from utils.runtime.device import choose_device
@@ -85,19 +86,28 @@ def draw_tokens(
     generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(texts))]
     slots = min(model.config.seq_len, max(map(len, texts), default=0) + length)
     cache = KVCache(model.config, len(texts), slots, like=model.norm.weight)
-    unfinished = list(range(len(texts)))
-    for _ in range(length):
+    cached = unfinished = list(range(len(texts)))
+    captured: CapturedPass | None = None
+    for count in range(length):
         if not unfinished:
             return
-        logits_BV = next_logits(model, [texts[i] for i in unfinished], cache)
+        held = [texts[i] for i in cached]
+        if captured and max(map(len, held)) > slots:
+            captured = None
+        if captured is None and len(unfinished) < len(cached):
+            cache.select_rows([cached.index(i) for i in unfinished])
+            cached, held = unfinished, [texts[i] for i in unfinished]
+        if captured is None and is_worth_capturing(model, cache, held, length - count):
+            captured = CapturedPass(model, cache)
+        if captured:  # it goes on with texts that have ended, whose last token it reads again
+            logits_BV = captured(held)[[cached.index(i) for i in unfinished]]
+        else:
+            logits_BV = next_logits(model, held, cache)
         drawn = sample_tokens(logits_BV, sampling, [generators[i] for i in unfinished])
         for i, token in zip(unfinished, drawn, strict=True):
             texts[i].append(token)
             yield i, None if token in stop_ids else token
-        rows = [row for row, token in enumerate(drawn) if token not in stop_ids]
-        if len(rows) < len(unfinished):
-            cache.select_rows(rows)
-            unfinished = [unfinished[row] for row in rows]
+        unfinished = [i for i in unfinished if texts[i][-1] not in stop_ids]
     yield from ((i, None) for i in unfinished)
 
 

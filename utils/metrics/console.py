@@ -1,5 +1,7 @@
 """What a run prints about itself: before it starts, while it trains, and when it has ended."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from config import Growth, Run
@@ -8,7 +10,7 @@ from transfer import FunctionDrift
 from transfer.checks import resolve_tolerance
 from utils.data import Corpus, ValidWindows
 from utils.metrics.diagnostics import UNDERUSED_SHARE
-from utils.metrics.history import select_events, settling_losses
+from utils.metrics.history import select_events, settling_losses, time_spent
 from utils.optim.adamw import lr_scale_range
 from utils.optim.cuda_graph import wants_cuda_graph
 from utils.runtime.device import device_name, training_dtype
@@ -52,6 +54,10 @@ GROWTH_COLUMNS = (
     *("flipped", "copies"),
 )
 MIN_BAR_WIDTH = 8
+SMALLEST_SHARE = 0.005
+"""Share of a run's time from which it is told apart."""
+USUAL_EVALUATION_SHARE = 0.03
+"""Largest share of a phase's time that evaluations take without a word."""
 
 
 def run_header(
@@ -219,8 +225,8 @@ def format_speed(tokens_per_s: float) -> str:
 
 
 def bar_format(phase: ResolvedPhase, width: int) -> str:
-    """Returns tqdm's format of a phase's progress bar in so many columns. The loss and the speed,
-    which are tqdm's postfix, and the time left always have room; the phase's name, the number of
+    """Returns tqdm's format of a phase's progress bar in so many columns. The loss, the speed and
+    the time left, which are tqdm's postfix, always have room; the phase's name, the number of
     steps and the bar itself have if the terminal is wide enough."""
     room = width - len(", loss 12.345, 26.8 k tokens/s, 99:59:59 left")
     name = str(phase) if len(str(phase)) <= room else f"phase {phase.number}"
@@ -229,7 +235,7 @@ def bar_format(phase: ResolvedPhase, width: int) -> str:
     wanted = [" {n_fmt}/{total_fmt}"] if len(steps) <= room else []
     wanted += [" {bar}"] if len(steps) + MIN_BAR_WIDTH < room else []
     literal = name.replace("{", "{{").replace("}", "}}")
-    return "".join([literal, "{postfix}, {remaining} left", *wanted])
+    return "".join([literal, "{postfix}", *wanted])
 
 
 def underused_line(
@@ -246,19 +252,53 @@ def underused_line(
     )
 
 
-def estimate_line(phases: list[ResolvedPhase], seconds_per_flop: float) -> str:
-    """Returns the time that training will take if every phase computes as fast as the first steps
-    did, as a line."""
-    seconds = [phase.flops * seconds_per_flop for phase in phases]
+def estimate_line(phases: Sequence[ResolvedPhase], left: Sequence[Mapping[str, float]]) -> str:
+    """Returns the time that the rest of a run will take, of which steps are only a part, as a line.
+
+    Args:
+        phases: The phases that are left.
+        left: The seconds to come of each, by kind.
+    """
+    seconds = [sum(kinds.values()) for kinds in left]
     pairs = zip(phases, seconds, strict=True)
     parts = ", ".join(f"{phase.name} {format_duration(s)}" for phase, s in pairs)
-    line = f"about {format_duration(sum(seconds))} of training to come ({parts})"
+    line = f"about {format_duration(sum(seconds))} to come ({parts})"
     if sum(seconds) > LONG_RUN_S:
         line += (
             "\nThat is long. `train.py tiny` shows every phase in about a minute; "
             "--training.steps-phase1 ... 4 shorten the phases; a GPU is 100 times faster."
         )
     return line
+
+
+def evaluation_share_line(
+    phases: Sequence[ResolvedPhase], left: Sequence[Mapping[str, float]]
+) -> str:
+    """Returns which phases will spend more than USUAL_EVALUATION_SHARE of their time on
+    evaluations, and what helps, as a line; nothing where none will. See `estimate_line`."""
+    shares = [kinds["evaluation"] / sum(kinds.values()) for kinds in left]
+    parts = [
+        f"{share:.0%} of {phase.name}"
+        for phase, share in zip(phases, shares, strict=True)
+        if share > USUAL_EVALUATION_SHARE
+    ]
+    if not parts:
+        return ""
+    return (
+        f"evaluations take about {', '.join(parts)}; a higher --training.eval-every, or fewer "
+        "--training.eval-tokens and --training.final-eval-tokens, leave more for the steps"
+    )
+
+
+def time_line(seconds: Mapping[str, float]) -> str:
+    """Returns what a run's seconds were spent on, by kind, as a line; the largest part first."""
+    whole = sum(seconds.values())
+    parts = [
+        f"{kind} {format_duration(s)} ({s / whole:.0%})"
+        for kind, s in sorted(seconds.items(), key=lambda item: -item[1])
+        if s >= SMALLEST_SHARE * whole
+    ]
+    return f"{format_duration(whole)} in all: {', '.join(parts)}"
 
 
 def change_lines(events: list[dict]) -> list[str]:
@@ -283,6 +323,7 @@ def run_summary(events: list[dict]) -> str:
             rows.append((*growth_row(grow), *later))
         parts += [format_table(rows), [GROWTH_LEGEND]]
     parts.append(change_lines(events))
+    parts += [[time_line(s)] for end in select_events(events, "end") if (s := time_spent(end))]
     return wrap_lines("\n\n".join("\n".join(lines) for lines in parts if lines))
 
 
@@ -321,7 +362,7 @@ def trained_row(event: dict) -> tuple[str, ...]:
 
 
 def settling_cell(grow: dict, events: list[dict]) -> str:
-    """Returns how far the float32 validation loss was above that before the growth, by steps."""
+    """Returns how far the validation loss was above that before the growth, by steps."""
     above = settling_losses(events, grow["phase"])
     return ", ".join(f"{loss:+.3f} at {step}" for step, loss in above.items())
 

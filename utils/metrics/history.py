@@ -8,8 +8,9 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from config import InputError, require
-from utils.metrics.history_fields import HISTORY_FIELDS
+from utils.metrics.history_fields import ALWAYS, HISTORY_FIELDS
 from utils.runtime.atomic_io import atomic_file, explain_write_errors
+from utils.runtime.stopwatch import TIME_KINDS
 
 HISTORY_FILE = "training_history.jsonl"
 PLOT_FILE = "training_curves.png"
@@ -17,12 +18,14 @@ POSITION_FIELDS = {"event", "wall_s", "phase", "phase_name", "step", "tokens"}
 """Fields that say when something was measured, not what."""
 EVALUATED_TEXT_SETTINGS = {"training.eval_tokens", "training.final_eval_tokens"}
 """Settings that move all windows that are evaluated: the regular ones are among the final ones."""
+SETTLING_STEPS = (0, 10, 50, 200)
+"""Steps after a growth at which the loss is always evaluated."""
 LR_FIELDS = {"lr", "lr_min", "lr_max"}
 """The schedule's learning rate, and the lowest and the highest that a parameter has."""
 
 
 class History:
-    """Appends a line per event. `wall_s` goes on from the last line of a file that already exists.
+    """Appends a line per event.
 
     A line counts once its newline is written: what a killed run left after the last newline is
     dropped.
@@ -31,7 +34,7 @@ class History:
     def __init__(
         self,
         path: Path,
-        clock: Callable[[], float] = time.perf_counter,
+        now: Callable[[], float] | None = None,
         length: int | None = None,
         also: Callable[[dict], None] = lambda event: None,
     ) -> None:
@@ -39,15 +42,15 @@ class History:
 
         Args:
             path: The file to append to.
-            clock: Seconds from any origin.
+            now: Seconds that the run has taken; None counts on from the last line.
             length: Bytes of the file to go on after; None goes on after all that is there.
             also: Called with each event, from the first of the file on.
         """
         if length is not None:
             os.truncate(path, length)
         earlier = read_history(path) if path.exists() else []
-        self.clock = clock
-        self.start = clock() - (earlier[-1]["wall_s"] if earlier else 0.0)
+        start_s = time.perf_counter() - (earlier[-1]["wall_s"] if earlier else 0.0)
+        self.now = now or (lambda: time.perf_counter() - start_s)
         self.path = path
         self.file = path.open("ab")
         self.file.truncate(path.read_bytes().rfind(b"\n") + 1)
@@ -56,18 +59,14 @@ class History:
             also(event)
 
     def __call__(self, event: str, **values: object) -> None:
-        """Appends an event, whose fields HISTORY_FIELDS declares. Raises ValueError for a value
-        that JSON cannot hold."""
-        undeclared = values.keys() - HISTORY_FIELDS[event].keys()
+        """Appends an event, whose fields HISTORY_FIELDS declares; its `wall_s` is now unless it is
+        given. Raises ValueError for a value that JSON cannot hold."""
+        undeclared = values.keys() - HISTORY_FIELDS[event].keys() - ALWAYS.keys()
         assert not undeclared, f"HISTORY_FIELDS[{event!r}] lacks {', '.join(sorted(undeclared))}"
         line = {"event": event, "wall_s": self.now(), **values}
         self.file.write(encode_event(line))
         self.file.flush()
         self.also(line)
-
-    def now(self) -> float:
-        """Returns the seconds that the run has taken so far."""
-        return self.clock() - self.start
 
     def size(self) -> int:
         """Returns the bytes written so far."""
@@ -144,6 +143,11 @@ def run_record(events: list[dict]) -> dict:
     return next(iter(select_events(events, "run")), {})
 
 
+def time_spent(end: dict) -> dict[str, float]:
+    """Returns the seconds of a run by kind, from the event of its end; those that it tells."""
+    return {kind: end[f"{kind}_s"] for kind in TIME_KINDS if f"{kind}_s" in end}
+
+
 def last_metrics(events: list[dict], phase: int) -> dict[str, float]:
     """Returns the last training metrics of a phase and its last validation losses, by name."""
     own = phase_events(events, phase)
@@ -160,9 +164,10 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
     """Returns each evaluation of a phase, and how far the validation loss was above what it had
     been before the phase's growth; nothing if the phase did not grow.
 
-    Both losses are in float32 where the evaluation tells it so; otherwise the loss is taken to be
-    off float32's by as much as it was right after the growth. Evaluations on other text than that,
-    which a change of EVALUATED_TEXT_SETTINGS brings, cannot be compared with it and are left out.
+    Both losses are in float32 right after the growth; later ones are taken to be off float32's by
+    as much as that one was (docs/performance.md says how much they are not). Evaluations on other
+    text than that, which a change of EVALUATED_TEXT_SETTINGS brings, cannot be compared with it and
+    are left out.
     """
     own = list(
         takewhile(
@@ -180,10 +185,10 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
 
 
 def settling_losses(events: list[dict], phase: int) -> dict[int, float]:
-    """Returns by step how far the float32 validation loss was above that before the growth, where
-    it was taken."""
+    """Returns by step, for those of SETTLING_STEPS that were evaluated, how far the validation loss
+    was above that before the growth."""
     above = loss_above_growth(events, phase)
-    return {event["step"]: loss for event, loss in above if "valid_loss_fp32" in event}
+    return {event["step"]: loss for event, loss in above if event["step"] in SETTLING_STEPS}
 
 
 def encode_event(event: dict) -> bytes:

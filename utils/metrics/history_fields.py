@@ -4,6 +4,8 @@ docs/history.md has a table made of it for each event. A field is declared here 
 written.
 """
 
+from utils.runtime.stopwatch import TIME_KINDS
+
 STEPS_MEAN = "A mean over the steps since the last `step` line."
 PHASE = {
     "phase": "Number of the phase, from 1.",
@@ -45,13 +47,14 @@ EVENT_TIMES = {
     "more. That of a trained model also has the values of the phase's last `step` and `eval` "
     "lines.",
     "change": "For each setting that is another one when the run is resumed.",
-    "end": "When the run has ended.",
+    "end": "When the run has ended. What its time was spent on adds up to `wall_s`.",
 }
 """When each event is written."""
 
 ALWAYS = {
     "event": "Name of the event, the first field of every line.",
-    "wall_s": "Seconds since the run began. A resumed run goes on counting where it stopped.",
+    "wall_s": "Seconds since the command began, imports included. A resumed run goes on counting "
+    "where it stopped.",
 }
 """Fields of every event."""
 
@@ -114,8 +117,7 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
     | VALID_LOSSES
     | BITS_PER_BYTE
     | {
-        "valid_loss_fp32": "Validation loss in float32, 0, 10, 50 and 200 steps after a growth. "
-        "Missing elsewhere.",
+        "valid_loss_fp32": "Validation loss in float32, right after a growth. Missing elsewhere.",
         "above_growth": "How far the validation loss is above that just before the phase's growth. "
         "Below 0 the model is better. Missing once `eval_tokens` or `final_eval_tokens` has "
         "changed within the phase.",
@@ -189,6 +191,6 @@ HISTORY_FIELDS: dict[str, dict[str, str]] = {
         "old": "Its value before this step.",
         "new": "Its value from this step on.",
     },
-    "end": TOKENS,
+    "end": TOKENS | {f"{kind}_s": f"Seconds of {text}." for kind, text in TIME_KINDS.items()},
 }
 """The doc of each field, by event and field, without the fields of every event."""

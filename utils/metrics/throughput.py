@@ -1,5 +1,4 @@
-"""Means of what training steps measure, their speed, and an estimate of the time to come, without
-holding the device up."""
+"""Means of what training steps measure, and their speed, without holding the device up."""
 
 import math
 import time
@@ -10,14 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.metrics.console import estimate_line
 from utils.runtime.device import peak_memory_gb, synchronize
 from utils.runtime.errors import NotFinite
-from utils.schedule.phases import ResolvedPhase
+from utils.runtime.stopwatch import Stopwatch
 
 STEP_METRICS: tuple[str, ...] = ("loss", "load_balance_loss", "z_loss", "grad_norm")
 """What a training step returns, in order."""
-TIMED_STEPS = 3
+TIMED_STEPS = 6
 
 
 class AccumulatorState(NamedTuple):
@@ -94,22 +92,21 @@ def check_finite(values: dict[str, float], where: str) -> None:
             raise NotFinite(f"{where}: {name} is {value}")
 
 
-class EtaEstimator:
-    """Times the first steps of a run and says how long its training will take."""
+class StepTimer:
+    """Times some of a phase's first steps, without what is done between them."""
 
-    def __init__(self, phases: list[ResolvedPhase], device: torch.device):
-        self.phases, self.device = phases, device
-        self.skipped_steps = 1 if device.type == "cpu" else 5
+    def __init__(self, device: torch.device, stopwatch: Stopwatch):
+        self.device, self.stopwatch, self.started_s, self.steps = device, stopwatch, 0.0, 0
+        self.skipped_steps = 2 if device.type == "cpu" else 5
         """Steps that warm up, or are captured, and so do not count."""
-        self.started = 0.0
 
-    def line_after(self, step: int) -> str | None:
-        """Returns the estimate as a line of text, once, after TIMED_STEPS."""
-        if step not in (self.skipped_steps, self.skipped_steps + TIMED_STEPS):
+    def count(self) -> float | None:
+        """Counts a step. Returns the seconds of one, once, after TIMED_STEPS."""
+        self.steps += 1
+        if self.steps not in (self.skipped_steps, self.skipped_steps + TIMED_STEPS):
             return None
         synchronize(self.device)
-        if step == self.skipped_steps:
-            self.started = time.perf_counter()
+        started_s, self.started_s = self.started_s, self.stopwatch.seconds()["steps"]
+        if self.steps == self.skipped_steps:
             return None
-        flops = TIMED_STEPS * self.phases[0].flops / self.phases[0].steps
-        return estimate_line(self.phases, (time.perf_counter() - self.started) / flops)
+        return (self.started_s - started_s) / TIMED_STEPS

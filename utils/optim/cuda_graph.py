@@ -45,6 +45,12 @@ def capture_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def capture_graph(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> torch.cuda.graph:
+    """Returns a context that captures into `graph` what is done on `stream`. Other threads may use
+    the GPU meanwhile, as the one that compiles kernels ahead does."""
+    return torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+
+
 class CapturedStep:
     """A step that trains `optimizer` on tokens of one shape, replayed as a graph after a warm-up.
     The tensor that it returns is overwritten by the next call."""
@@ -54,13 +60,18 @@ class CapturedStep:
         self.stream = capture_stream(torch.cuda.current_device())
         self.graph = torch.cuda.CUDAGraph()
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next call replays the graph, without a warm-up or a capture."""
+        return self.calls > WARM_UP_STEPS
+
     def __call__(self, tokens_BS: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= WARM_UP_STEPS:
             return self.warm_up(tokens_BS)
         if self.calls == WARM_UP_STEPS + 1:
             self.tokens_BS = tokens_BS.clone()
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with capture_graph(self.graph, self.stream):
                 self.result = self.step(self.tokens_BS)
             self.optimizer.locate_grads()
         self.tokens_BS.copy_(tokens_BS)

@@ -43,6 +43,12 @@ STYLE: dict = {
 """Settings of matplotlib. Sizes are in points."""
 
 
+def import_matplotlib() -> None:
+    """Imports what pictures are drawn with, which takes a second."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+
 def plot(folders: Sequence[Path], out: Path | None = None, x: str = "tokens") -> Path:
     """Draws the curves of one run, or of several on the same axes, from the folders they wrote.
     The picture is written whole or not at all.

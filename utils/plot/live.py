@@ -12,7 +12,7 @@ from utils.runtime.best_effort import BestEffort
 
 MAX_TIME_SHARE = 0.02
 """Largest fraction of a run's time to spend on drawing."""
-FIRST_DRAWING_S = 1.0
+FIRST_DRAWING_S = 3.0
 """Seconds that the first drawing is expected to take, with the import of matplotlib."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.metrics.history import run_record, select_events
+from utils.metrics.history import run_record, select_events, time_spent
 from utils.plot.axis import PhaseEvents, series
 from utils.runtime.formatting import format_duration, format_params
 
@@ -143,9 +143,13 @@ def corpus_name(events: list[dict]) -> str:
 
 
 def elapsed_time(events: list[dict]) -> str:
-    """Returns the time that a run took, or has taken so far."""
-    so_far = "" if select_events(events, "end") else " so far"
-    return format_duration(events[-1]["wall_s"] - events[0]["wall_s"]) + so_far
+    """Returns the time that a run took, and its steps of it, or the time that it has taken so
+    far."""
+    whole = format_duration(events[-1]["wall_s"])
+    for end in select_events(events, "end"):
+        steps_s = time_spent(end).get("steps")
+        return whole if steps_s is None else f"{whole} ({format_duration(steps_s)} of steps)"
+    return f"{whole} so far"
 
 
 def final_loss(events: list[dict]) -> str:

@@ -7,7 +7,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -27,10 +27,23 @@ PART_SUFFIX = ".part"
 READ_BYTES = 1 << 24
 
 
+def part_path(path: Path) -> Path:
+    """Returns where this process writes a file before that is complete."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PART_SUFFIX}")
+
+
+def written_bytes(path: Path) -> int:
+    """Returns how much of a file that this process writes, or has written, is there."""
+    for written in (part_path(path), path):
+        with suppress(OSError):  # it takes its place between two looks
+            return written.stat().st_size
+    return 0
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a file that takes its place only once it is complete and on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART_SUFFIX}")
+    part = part_path(path)
     try:
         with part.open("wb") as file:
             yield file

@@ -1,14 +1,21 @@
 """The device and the precision of a run, and its memory."""
 
 import os
+from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from config import InputError
 from utils.runtime.cpu import has_native_bf16
+
+PINNED_BYTES = 1 << 25
+"""Size of a chunk of pinned memory."""
+MIN_PINNED_BYTES = 1 << 18
+"""Size of a tensor from which it pays to go by way of pinned memory."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -76,12 +83,39 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
-    """Returns a tensor on the CPU. Its memory is zeroed first: pages that are new to a process are
-    cleared as they are first written to, which all cores do faster than the one that copies from a
-    GPU."""
+    """Returns a tensor on the CPU. A large one comes from a GPU by way of pinned memory, which the
+    link fills at its full speed while all cores empty what came before."""
     if tensor.device.type == "cpu":
         return tensor
-    return torch.zeros_like(tensor, device="cpu").copy_(tensor)
+    if tensor.device.type != "cuda" or tensor.nbytes < MIN_PINNED_BYTES:
+        return tensor.cpu()
+    copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+    source, target = (x.view(-1).view(torch.uint8) for x in (tensor.contiguous(), copy))
+    pinned, waiting = pinned_chunks(), deque[tuple[torch.cuda.Event, Tensor, Tensor]]()
+
+    def empty_chunk() -> None:
+        copied, chunk, part = waiting.popleft()
+        copied.synchronize()
+        part.copy_(chunk)
+
+    parts = zip(source.split(PINNED_BYTES), target.split(PINNED_BYTES), strict=True)
+    for number, (part, into) in enumerate(parts):
+        if len(waiting) == len(pinned):
+            empty_chunk()
+        chunk = pinned[number % len(pinned)][: len(part)]
+        chunk.copy_(part, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(tensor.device))
+        waiting.append((copied, chunk, into))
+    while waiting:
+        empty_chunk()
+    return copy
+
+
+@cache
+def pinned_chunks() -> list[Tensor]:
+    """Returns the pinned memory through which tensors come from a GPU, one chunk after another."""
+    return [torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
 
 
 def peak_memory_gb(device: torch.device) -> float | None:

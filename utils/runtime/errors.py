@@ -7,3 +7,8 @@ class RunStopped(RuntimeError):
 
 class NotFinite(RunStopped):
     """A loss or a weight is no longer a number, or infinite."""
+
+    def __init__(self, what: str, advice: str = ""):
+        """`advice` says what to change before the run goes on."""
+        super().__init__(f"{what}; {advice}" if advice else what)
+        self.has_advice = bool(advice)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError, Run, require
+from models.ops import has_triton
 from transfer import TrainState
 from utils.checkpoint.background import BackgroundWriter
 from utils.checkpoint.resume import (
@@ -48,7 +49,7 @@ from utils.metrics.console import change_lines, run_header, run_summary
 from utils.metrics.history import HISTORY_FILE, PLOT_FILE, History, read_history, run_record
 from utils.metrics.tracker import RunTracker, check_tracker
 from utils.optim.adamw import place_state
-from utils.plot.figure import plot
+from utils.plot.figure import import_matplotlib, plot
 from utils.plot.live import LivePlot
 from utils.runtime.atomic_io import is_newer, remove_partial_files
 from utils.runtime.best_effort import BestEffort
@@ -62,6 +63,8 @@ from utils.runtime.device import (
 )
 from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import raise_on_signals
+from utils.runtime.stopwatch import Stopwatch
+from utils.runtime.threads import start_thread, wait_interruptibly
 from utils.schedule.memory import check_memory, has_room_for_copy
 from utils.schedule.phases import (
     ResolvedPhase,
@@ -71,6 +74,12 @@ from utils.schedule.phases import (
 )
 from utils.text.tokenizer import wanted_vocab_size
 from utils.training.init_from import InitSource
+from utils.training.kernels_ahead import KernelsAhead
+
+GPU_EVAL_TOKENS = 16_384
+"""Tokens that a GPU evaluates at a time, which needs no more memory than a training step."""
+LOW_MEMORY_EVAL_TOKENS = 4_096
+"""The same for a low-memory run."""
 
 
 class RunSetup(NamedTuple):
@@ -88,12 +97,13 @@ class RunSetup(NamedTuple):
         """Returns what the run will do, as a text for a terminal."""
         return run_header(self.run, self.phases, self.corpus, self.valid, self.device)
 
-    def make_writer(self) -> BackgroundWriter:
+    def make_writer(self, stopwatch: Stopwatch) -> BackgroundWriter:
         """Returns what writes the run's files: beside the training, if the host has room for the
-        copies."""
+        copies. `stopwatch` counts the run's time."""
         return BackgroundWriter(
             in_place=not has_room_for_copy(self.phases, self.run, self.device),
             trains_on_cpu=self.device.type == "cpu",
+            stopwatch=stopwatch,
         )
 
     def fingerprint(self) -> RunFingerprint:
@@ -112,6 +122,8 @@ class RunContext:
     device: torch.device
     dtype: torch.dtype
     """The dtype of the training step's matrix products."""
+    eval_batch_size: int
+    """Sequences to evaluate at a time."""
     probe: Tensor
     """The frozen windows (B, T + 1) that judge each growth."""
     valid: ValidWindows
@@ -121,6 +133,10 @@ class RunContext:
     """Keeps points to resume from, and the checkpoints of phases; None keeps none."""
     writer: BackgroundWriter
     """Writes files beside the training."""
+    stopwatch: Stopwatch
+    """Counts the run's time, by what it is spent on."""
+    kernels: KernelsAhead
+    """Compiles the kernels of the phases before they are needed."""
     live_plot: LivePlot
     init_source: InitSource
     resume_point: ResumePoint | None = None
@@ -139,31 +155,32 @@ class RunContext:
         """Returns the context of a run whose folder is held and whose history is open.
         `show_picture` is called with each picture that is drawn while the run goes on."""
         run, device = setup.run, setup.device
+        writer = checkpointer.writer if checkpointer else BackgroundWriter(in_place=True)
         probe = spread_windows(setup.corpus.valid, run.model.seq_len, run.training.probe_sequences)
-        valid = setup.valid
+        valid, dtype = setup.valid, training_dtype(run.precision, device)
+        batch_size = eval_batch_size(run, device)
+        left = [phase for phase in setup.phases if not phase.is_done]
+        kernels = KernelsAhead(left, run.training, device, dtype, batch_size)
         return cls(
             run=run,
             phases=setup.phases,
             corpus=setup.corpus,
             device=device,
-            dtype=training_dtype(run.precision, device),
+            dtype=dtype,
+            eval_batch_size=batch_size,
             probe=probe.to(device),
             valid=valid._replace(
                 regular=valid.regular.to(device), further=valid.further.to(device)
             ),
             history=history,
             checkpointer=checkpointer,
-            writer=checkpointer.writer if checkpointer else BackgroundWriter(in_place=True),
+            writer=writer,
+            stopwatch=writer.stopwatch,
+            kernels=kernels,
             live_plot=LivePlot(run.out, show_picture),
             init_source=setup.init_source,
             resume_point=resume_point,
         )
-
-    @property
-    def eval_batch_size(self) -> int:
-        """Sequences to evaluate at a time: a low-memory run must not need more for that than for a
-        step of one sequence."""
-        return 2 if self.run.training.low_memory else 8
 
     def start(self) -> tuple[TrainState, TrainingProgress]:
         """Returns the state and the progress from which the run goes on: those of its last resume
@@ -173,7 +190,7 @@ class RunContext:
             state = self.init_source.initial_state(self.run.model)
             progress = TrainingProgress.start_of(phase=0)
         else:
-            progress, state, _ = self.resume_point
+            progress, state = self.resume_point.progress, self.resume_point.state
             self.resume_point = None  # so that the state can be freed
         return place_state(state, self.run.training, self.device), progress
 
@@ -231,6 +248,20 @@ class RunContext:
             **software_versions(),
         )
 
+    def record_end(self) -> None:
+        """Writes the history's last line, whose seconds by kind add up to its `wall_s`."""
+        last, seconds = self.phases[-1], self.stopwatch.seconds()
+        wall_s, kinds = sum(seconds.values()), {f"{kind}_s": s for kind, s in seconds.items()}
+        self.history("end", wall_s=wall_s, tokens=last.tokens_at(last.steps), **kinds)
+
+
+def eval_batch_size(run: Run, device: torch.device) -> int:
+    """Returns how many sequences to evaluate at a time. A GPU wants many tokens, to be busy."""
+    if device.type != "cuda":
+        return 8
+    tokens = LOW_MEMORY_EVAL_TOKENS if run.training.low_memory else GPU_EVAL_TOKENS
+    return max(2, tokens // run.model.seq_len)
+
 
 def check_run(run: Run) -> InitSource:
     """Checks every setting of a run, before any work. Returns where its weights come from, with the
@@ -257,6 +288,9 @@ def prepare_run(init_source: InitSource) -> RunSetup:
         InputError: if the text cannot be read, or is too short.
     """
     run = init_source.run
+    device = choose_device(run.device)
+    if device.type == "cuda":
+        start_thread(lambda: load_device(device))  # it takes as long as the tokens
     corpus = prepare_run_corpus(run)
     check_corpus_length(corpus, run.model.seq_len)
     wanted = wanted_vocab_size(corpus.tokenizer_name, run.model.vocab_size)
@@ -267,8 +301,16 @@ def prepare_run(init_source: InitSource) -> RunSetup:
     valid = valid_windows(
         corpus, run.model.seq_len, training.eval_tokens, training.final_eval_tokens
     )
-    device = choose_device(run.device)
     return RunSetup(run, phases, corpus, valid, device, init_source)
+
+
+def load_device(device: torch.device) -> None:
+    """Loads what the first launch on a GPU needs, before it is needed."""
+    torch.empty(1, device=device)
+    if has_triton():
+        from models.fused.compile import load_compiler
+
+        load_compiler()
 
 
 def prepare_run_corpus(run: Run) -> Corpus:
@@ -338,21 +380,25 @@ def announce_dry_run(setup: RunSetup) -> None:
 
 
 @contextmanager
-def open_run(setup: RunSetup) -> Iterator[RunContext]:
+def open_run(setup: RunSetup, started_s: float | None = None) -> Iterator[RunContext]:
     """Holds the run's folder, opens its history and its last resume point, and finishes the run
-    after the last phase. Whatever stops the run says how to go on.
+    after the last phase. Whatever stops the run says how to go on. The run's time counts from
+    `started_s` by `time.perf_counter`, from now if None.
 
     Raises:
         InputError: if the folder cannot be written, or the run is to be resumed and cannot be.
     """
     run = setup.run
-    tracker, writer = RunTracker(run.tracker, run.out), setup.make_writer()
+    tracker, stopwatch = RunTracker(run.tracker, run.out), Stopwatch(started_s)
+    writer = setup.make_writer(stopwatch)
     # A notebook, too, interrupts between two steps.
     with raise_on_signals(), lock_run_dir(run.out), explain_how_to_resume(run.out), tracker:
         fingerprint = setup.fingerprint()
         point = resume_or_clear(run, setup.phases, fingerprint)
+        stopwatch.add(point.seconds if point else {})
         length = point.progress.history_bytes if point else None
-        history = History(run.out / HISTORY_FILE, length=length, also=tracker.send_event)
+        path = run.out / HISTORY_FILE
+        history = History(path, stopwatch.now, length, tracker.send_event)
         with history, writer.finished():
             is_as_kept = point is not None and not point.changes
             kept = point.progress if point and is_as_kept else None
@@ -368,9 +414,12 @@ def open_run(setup: RunSetup) -> Iterator[RunContext]:
             )
             del point  # so that the loaded state can be freed
             yield context
+            drawing, _ = start_thread(import_matplotlib)  # beside the last write
             writer.wait()  # the run counts as ended once its last checkpoint is on the disk
-            last = setup.phases[-1]
-            history("end", tokens=last.tokens_at(last.steps))
+            with stopwatch.counting("reports"):
+                wait_interruptibly(drawing)
+            context.record_end()
+            history.sync()  # before the points go, without which it could not be written again
         write_results(run)
         tracker.send_picture(run.out / PLOT_FILE, is_last=True)
 
@@ -383,7 +432,7 @@ def record_changes(
 ) -> ResumePoint:
     """Records which settings change at a point, and keeps the point anew, so that they hold from
     here on wherever the run is stopped again. Returns the point to go on from."""
-    progress, state, changes = point
+    progress, state, changes, _ = point
     phase = phases[progress.phase - 1]
     for change in changes:
         history(

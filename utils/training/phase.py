@@ -23,7 +23,7 @@ from utils.schedule.phases import ResolvedPhase, lr_option
 from utils.training.context import RunContext
 from utils.training.evaluate import evaluate_fp32
 from utils.training.reporter import PhaseReporter
-from utils.training.step import batches, make_train_step
+from utils.training.step import batches, make_train_step, step_kind
 
 PROMPTS = ("Once upon a time", "One day", "It was a")
 
@@ -37,10 +37,12 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
     """
     growth, training = phase.growth, context.run.training
     assert growth is not None, f"{phase} does not grow"
-    with explain_out_of_memory(phase, training.micro_batch_size):
+    memory = explain_out_of_memory(phase, training.micro_batch_size)
+    with memory, context.stopwatch.counting("growth"):
         if training.optimizer_state_on_growth != "carry":
             state.adam.clear()  # in place, so that nobody holds on to it
-        before = evaluate_fp32(state.model(), context.valid.regular, context.eval_batch_size)
+        with context.stopwatch.counting("evaluation"):
+            before = evaluate_fp32(state.model(), context.valid.regular, context.eval_batch_size)
         old_params = state.config.num_params
         started, error = context.history.now(), None
         try:
@@ -67,7 +69,8 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
         model = TrainState(state.config, state.weights)
         initial = make_checkpoint(context.writer.copy(model), phase, context, trained=False)
         path = context.run.out / phase.init_checkpoint
-        context.writer.submit(lambda: save_checkpoint(path, initial))
+        size = sum(weight.nbytes for weight in initial.weights.values())
+        context.writer.submit(lambda: save_checkpoint(path, initial), {path: size})
         context.record(phase, "checkpoint", path=phase.init_checkpoint, trained=False)
     return state
 
@@ -82,6 +85,7 @@ def train_phase(
         progress = TrainingProgress.start_of(
             phase.number, context.history.size(), started, phase.first_token
         )
+    context.kernels.wait(phase)
     with explain_out_of_memory(phase, training.micro_batch_size):
         optimizer = build_optimizer(state, training, context.dtype, phase.growth_history)
         step = make_train_step(optimizer, training, context.dtype, phase.steps - progress.step)
@@ -97,12 +101,14 @@ def train_phase(
                 progress = progress._replace(metrics=reporter.metrics.state())
             is_end = progress.step == phase.steps
             if checkpointer is not None and not checkpointer.has(progress, is_end):
-                with reporter.metrics.paused():
+                with reporter.metrics.paused(), context.stopwatch.counting("saving"):
                     state = optimizer.snapshot()
                     end = phase_end(state, phase, context) if is_end else None
-                    checkpointer.keep(progress, state, end)
+                    advice = lower_lr_advice(phase, context.run)
+                    checkpointer.keep(progress, state, end, advice)
 
-        with reporter.bar, advise_lower_lr(phase, context.run):
+        counting = context.stopwatch.counting
+        with reporter.bar, advise_lower_lr(phase, context.run), counting("steps"):
             try:
                 while True:
                     context.writer.check()
@@ -114,7 +120,8 @@ def train_phase(
                     tokens = next(stream)
                     lr = lr_at(progress.step, phase, training)
                     optimizer.set_lr(lr)
-                    with defer_signals():  # a signal finds the step done or not begun
+                    # A signal finds the step done or not begun.
+                    with defer_signals(), counting(step_kind(step)):
                         progress = reporter.advance(progress, lr, step(tokens))
             except Stopped:
                 keep_point(progress)
@@ -126,17 +133,25 @@ def train_phase(
 
 @contextmanager
 def advise_lower_lr(phase: ResolvedPhase, run: Run) -> Iterator[None]:
-    """Adds to NotFinite what to change before the run goes on."""
+    """Adds to NotFinite what to change before the run goes on. One that a write has met says so
+    itself: it may be of the phase before."""
     try:
         yield
     except NotFinite as error:
-        option = lr_option(phase, run)
-        raise NotFinite(f"{error}; choose a lower {option} than {phase.lr:g}") from error
+        if error.has_advice:
+            raise
+        raise NotFinite(str(error), lower_lr_advice(phase, run)) from error
+
+
+def lower_lr_advice(phase: ResolvedPhase, run: Run) -> str:
+    """Returns what to change in a run where a number in the phase is not finite."""
+    return f"choose a lower {lr_option(phase, run)} than {phase.lr:g}"
 
 
 def save_phase(state: TrainState, phase: ResolvedPhase, context: RunContext) -> None:
     """Records a trained phase, whose checkpoint is being written, with sample stories."""
-    with explain_out_of_memory(phase, context.run.training.micro_batch_size):
+    memory = explain_out_of_memory(phase, context.run.training.micro_batch_size)
+    with memory, context.stopwatch.counting("samples"):
         stories = sample_stories(state, context)
     context.record(
         phase,

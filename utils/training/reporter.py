@@ -7,18 +7,28 @@ from tqdm import tqdm
 
 from models.layerwise import layerwise_model
 from utils.checkpoint.resume import TrainingProgress
-from utils.metrics.console import bar_format, format_speed, progress_line, underused_line
+from utils.metrics.console import (
+    bar_format,
+    estimate_line,
+    evaluation_share_line,
+    format_speed,
+    progress_line,
+    underused_line,
+)
 from utils.metrics.diagnostics import copied_matrices, underused_experts, weight_stats
-from utils.metrics.history import loss_above_growth, phase_events, read_history
-from utils.metrics.throughput import EtaEstimator, MetricAccumulator, check_finite
+from utils.metrics.forecast import ByKind, Forecast
+from utils.metrics.history import (
+    SETTLING_STEPS,
+    loss_above_growth,
+    phase_events,
+    read_history,
+)
+from utils.metrics.throughput import MetricAccumulator, StepTimer, check_finite
 from utils.optim.adamw import Optimizer, lr_scale_range
 from utils.runtime.formatting import LINE_WIDTH, wrap_lines
 from utils.schedule.phases import ResolvedPhase
 from utils.training.context import RunContext
 from utils.training.evaluate import evaluate, evaluate_fp32
-
-SETTLING_STEPS = (0, 10, 50, 200)
-"""Steps after a growth at which the loss is also taken in float32."""
 
 
 class PhaseReporter:
@@ -26,9 +36,12 @@ class PhaseReporter:
 
     def __init__(self, phase: ResolvedPhase, context: RunContext, progress: TrainingProgress):
         self.phase, self.context, self.step, self.lr = phase, context, progress.step, progress.lr
+        self.counting = context.stopwatch.counting
         self.metrics = MetricAccumulator(context.device, phase.tokens_per_step, progress.metrics)
-        is_first = (phase.number, self.step) == (1, 0)
-        self.eta = EtaEstimator(context.phases, context.device) if is_first else None
+        self.timer = StepTimer(context.device, context.stopwatch)
+        self.forecast = Forecast(
+            context.phases, context.run.training, context.valid, context.device, context.dtype
+        )
         self.events = phase_events(read_history(context.history.path), phase.number)
         self.lr_scale_range = lr_scale_range(
             phase.config, context.run.training, phase.growth_history
@@ -67,29 +80,53 @@ class PhaseReporter:
     def report(self, optimizer: Optimizer) -> None:
         """Logs and evaluates what is due after this step."""
         self.bar.update(self.step - self.bar.n)
-        training, is_end = self.context.run.training, self.step == self.phase.steps
-        if self.eta and (line := self.eta.line_after(self.step)):
-            tqdm.write(wrap_lines(line))
+        context, is_end = self.context, self.step == self.phase.steps
+        training = context.run.training
+        if self.metrics.steps and (step_s := self.timer.count()):
+            # The first steps of a phase are slow: on a CPU kernels are made for their shapes.
+            is_first = not any(phase.steps for phase in context.phases[: self.phase.number - 1])
+            self.tell_time_left(self.seconds_left(step_s if is_first else None))
+            context.kernels.may_go_on.set()
         if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
             measured = self.metrics.read(self.where)
-            with self.metrics.paused():
+            with self.metrics.paused(), self.counting("reports"):
                 self.log(measured)
         if self.step % training.eval_every == 0 or is_end or self.is_settling:
             with self.metrics.paused():
-                self.evaluate(optimizer)
-                self.context.live_plot.update()
+                with self.counting("evaluation"):
+                    self.evaluate(optimizer)
+                with self.counting("reports"):
+                    context.live_plot.update()
+
+    def tell_time_left(self, left: list[ByKind]) -> None:
+        """Says on the terminal how long the rest of the run takes, and in the first phase what its
+        evaluations take."""
+        phases = self.context.phases[-len(left) :]
+        tqdm.write(wrap_lines(estimate_line(phases, left)))
+        if self.phase.number == 1 and (line := evaluation_share_line(phases, left)):
+            tqdm.write(wrap_lines(line))
 
     def log(self, measured: dict[str, float]) -> None:
         """Writes a `step` line of what was measured since the last one."""
         low, high = self.lr_scale_range
         self.record("step", lr=self.lr, lr_min=low * self.lr, lr_max=high * self.lr, **measured)
         self.last |= measured
-        speed = format_speed(measured["tokens_per_s"])
-        self.bar.set_postfix_str(f"loss {measured['loss']:.3f}, {speed}")
+        speed = measured["tokens_per_s"]
+        left = self.seconds_left(self.phase.tokens_per_step / speed)[0]
+        time_left = tqdm.format_interval(sum(left.values()))
+        self.bar.set_postfix_str(
+            f"loss {measured['loss']:.3f}, {format_speed(speed)}, {time_left} left"
+        )
+
+    def seconds_left(self, step_s: float | None) -> list[ByKind]:
+        """Returns the seconds to come, by kind, of this phase and of those after it, a step of this
+        one taking `step_s`, or as long as in the phases before if None."""
+        so_far = self.context.stopwatch.seconds()
+        return self.forecast.seconds_left(self.phase, self.step, step_s, so_far)
 
     @property
     def is_settling(self) -> bool:
-        """Whether the loss after the phase's growth is to be taken in float32 now."""
+        """Whether the loss is to be taken now, to tell what the phase's growth did to it."""
         return self.phase.growth is not None and self.step in SETTLING_STEPS
 
     def evaluate(self, optimizer: Optimizer) -> None:
@@ -105,9 +142,10 @@ class PhaseReporter:
         self.last["valid_loss"] = values.get("final_valid_loss", loss)
         check_finite({"valid_loss": self.last["valid_loss"]}, self.where)
         weights = optimizer.weights()
-        if self.is_settling and context.dtype == torch.float32:
+        has_just_grown = phase.growth is not None and self.step == 0
+        if has_just_grown and context.dtype == torch.float32:
             values["valid_loss_fp32"] = loss
-        elif self.is_settling:
+        elif has_just_grown:
             model = layerwise_model(phase.config, weights)
             values["valid_loss_fp32"] = evaluate_fp32(model, valid.regular, batch_size)
         event = {"event": "eval", "phase": phase.number, "valid_loss": loss}

@@ -29,6 +29,12 @@ def make_train_step(
     return step
 
 
+def step_kind(step: TrainStep) -> str:
+    """Returns which of TIME_KINDS the next call of a step counts as: those that compile kernels and
+    capture a CUDA graph belong to the start."""
+    return "steps" if not isinstance(step, CapturedStep) or step.is_captured else "start"
+
+
 def train_step(
     optimizer: Optimizer, training: TrainingConfig, dtype: torch.dtype, tokens_BS: Tensor
 ) -> Tensor:

@@ -1,0 +1,172 @@
+"""How long the rest of a run will take: its work by kind, at the speed that was measured so far.
+
+Work is counted in floating-point operations of the training step, or in units of its own where that
+is no measure. What has not been done yet is taken to cost what it did on the machines of
+docs/performance.md, in proportion to the training step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from config import ModelConfig, TrainingConfig
+from utils.data import ValidWindows
+from utils.metrics.history import SETTLING_STEPS
+from utils.schedule.phases import ResolvedPhase, flops_per_token
+
+ByKind = dict[str, float]
+"""Amounts of work, or seconds, by TIME_KINDS."""
+ADAM_BYTES, WEIGHT_BYTES = 12, 4
+"""Bytes of a parameter in a resume point, and in a checkpoint."""
+
+
+class DeviceCosts(NamedTuple):
+    """What work costs on a kind of device beside the operations of a step."""
+
+    update_flops: float
+    """Operations that could be done while the optimizer updates a parameter."""
+    dense_layer_flops: float
+    """Operations that could be done while a dense layer's are launched, forward and backward."""
+    moe_layer_flops: float
+    """The same for a layer with experts."""
+    narrow_width: float
+    """Width at which an operation takes twice as long as in a very wide model."""
+    fp32_factor: float
+    """How many times as long as in the step's precision an evaluation takes in float32."""
+    growth_factor: float
+    """How many times as long an operation takes that checks a growth, mostly in float64."""
+    start_s: float
+    """Seconds for each layer before a phase's first steps are done: optimizer and capture."""
+    sample_s: float
+    """Seconds for each layer and token of the sample stories."""
+    copy_s: float
+    """Seconds to copy a byte that is to be written."""
+    write_s: float
+    """Seconds to write a byte of the last checkpoint, for which the run waits."""
+
+
+GPU_COSTS = DeviceCosts(7100, 0, 0, 341, 6.5, 65, 0.03, 5e-4, 2e-10, 2e-9)
+CPU_COSTS = DeviceCosts(200, 0.46e9, 1.1e9, 0, 2, 10, 0.02, 1e-3, 2e-10, 2e-9)
+
+
+class Forecast:
+    """What is left of a run, phase by phase."""
+
+    def __init__(
+        self,
+        phases: Sequence[ResolvedPhase],
+        training: TrainingConfig,
+        valid: ValidWindows,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        """`dtype` is the training step's."""
+        self.phases, self.training, self.valid = phases, training, valid
+        self.costs = CPU_COSTS if device.type == "cpu" else GPU_COSTS
+        self.is_fp32 = dtype == torch.float32
+
+    def seconds_left(
+        self, phase: ResolvedPhase, step: int, step_s: float | None, so_far: Mapping[str, float]
+    ) -> list[ByKind]:
+        """Returns the seconds to come by kind, of `phase` after `step` steps and of each phase
+        after it.
+
+        Args:
+            phase: The phase under way.
+            step: Its optimizer steps so far.
+            step_s: Seconds of a step of this phase; None goes by the steps of the phases before.
+            so_far: Seconds of the run so far by kind.
+        """
+        rates = self.rates(phase, step, step_s, so_far)
+        left = [self.work_after(phase, step), *map(self.phase_work, self.phases[phase.number :])]
+        return [{kind: amount * rates[kind] for kind, amount in work.items()} for work in left]
+
+    def rates(
+        self, phase: ResolvedPhase, step: int, step_s: float | None, so_far: Mapping[str, float]
+    ) -> ByKind:
+        """Returns the seconds that a unit of each kind of work takes: as measured, once two phases
+        were done (what is done for the first time is slow), else in proportion to a step.
+        """
+        costs = self.costs
+        before = add_work(*map(self.phase_work, self.phases[: phase.number - 1]))
+        whole, left = self.phase_work(phase), self.work_after(phase, step)
+        done = {kind: amount + whole[kind] - left.get(kind, 0.0) for kind, amount in before.items()}
+        if step_s is None:
+            flop_s = so_far["steps"] / done["steps"]
+        else:
+            flop_s = step_s / self.step_work(phase)
+        rates = {
+            "steps": flop_s,
+            "evaluation": flop_s,
+            "growth": flop_s * costs.growth_factor,
+            "start": costs.start_s,
+            "samples": costs.sample_s,
+            "saving": costs.copy_s,
+            "waiting": costs.write_s,
+        }
+        measured = {
+            kind: so_far[kind] / done[kind]
+            for kind in ("evaluation", "growth", "samples", "saving")
+            if phase.number > 2 and before.get(kind) and so_far.get(kind)
+        }
+        return rates | measured
+
+    def step_work(self, phase: ResolvedPhase) -> float:
+        """Returns the work of a step of a phase."""
+        config, costs = phase.config, self.costs
+        layer = costs.moe_layer_flops if config.num_experts else costs.dense_layer_flops
+        flops = phase.tokens_per_step * flops_per_token(config)
+        width = 1 + costs.narrow_width / config.d_model
+        return flops * width + config.n_layers * layer + costs.update_flops * config.num_params
+
+    def forward_work(self, config: ModelConfig, tokens: float) -> float:
+        """Returns the work of evaluating tokens."""
+        return tokens * flops_per_token(config) / 3 * (1 + self.costs.narrow_width / config.d_model)
+
+    def phase_work(self, phase: ResolvedPhase) -> ByKind:
+        """Returns all of a phase's work."""
+        return add_work(self.work_before(phase), self.work_after(phase, 0))
+
+    def work_before(self, phase: ResolvedPhase) -> ByKind:
+        """Returns a phase's work before its first step."""
+        tokens, costs = self.valid.tokens, self.costs
+        work = {"start": float(phase.config.n_layers)}
+        if phase.growth and phase.number > 1:  # before the first comes a model that is not known
+            before = self.phases[phase.number - 2].config
+            exact = self.forward_work(before, tokens)
+            if not self.is_fp32:
+                exact = costs.fp32_factor * (exact + self.forward_work(phase.config, tokens))
+            work["evaluation"] = exact
+            probe = self.training.probe_sequences * phase.config.seq_len
+            old, new = (self.forward_work(c, probe) for c in (before, phase.config))
+            work["growth"] = 3 * old + 2 * new  # the old one also with rounded weights
+        if phase.init_checkpoint:
+            work["saving"] = float(WEIGHT_BYTES * phase.config.num_params)
+        return work
+
+    def work_after(self, phase: ResolvedPhase, step: int) -> ByKind:
+        """Returns a phase's work after `step` steps, what is due then and at its end included."""
+        config, is_last = phase.config, phase is self.phases[-1]
+        further_tokens = self.valid.final_tokens - self.valid.tokens
+        tokens = self.evaluations(phase, step) * self.valid.tokens + further_tokens
+        params = config.num_params
+        return {
+            "steps": (phase.steps - step) * self.step_work(phase),
+            "evaluation": self.forward_work(config, tokens),
+            "samples": float(config.n_layers * self.training.sample_tokens),
+            "saving": float((WEIGHT_BYTES if is_last else ADAM_BYTES) * params),
+            "waiting": float(WEIGHT_BYTES * params * is_last),
+        }
+
+    def evaluations(self, phase: ResolvedPhase, step: int) -> int:
+        """Returns how many evaluations a phase does after `step` steps, one due then included."""
+        regular = set(range(0, phase.steps + 1, self.training.eval_every))
+        settling = SETTLING_STEPS if phase.growth else ()
+        return sum(step <= at <= phase.steps for at in regular | {*settling, phase.steps})
+
+
+def add_work(*works: ByKind) -> ByKind:
+    """Returns the sum of amounts of work."""
+    kinds = {kind for work in works for kind in work}
+    return {kind: sum(work.get(kind, 0.0) for work in works) for kind in kinds}
