@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from config import ModelConfig
 from models.precision import autocast_to
 
+ROW_MULTIPLE = 32
+"""Of which each expert's number of rows is made a multiple, where that is faster."""
+
 
 class Routing(NamedTuple):
     """What one layer's router did with a batch."""
@@ -86,16 +89,39 @@ class MoE(nn.Module):
         weight_NC, routing = self.router(x_ND)
         order_M = routing.expert_ids_NC.flatten().argsort(stable=True)
         count_E = count_choices(routing.expert_ids_NC, len(self.gate_proj))
-        ends_E = count_E.cumsum(0, dtype=torch.int32)
+        place_M = order_M.argsort()
 
         x_MD = autocast_to(x_ND).index_select(0, order_M // weight_NC.shape[1])
+        if is_faster_padded(x_MD, len(count_E)):
+            x_MD, count_E, slot_M = pad_experts(x_MD, count_E)
+            place_M = slot_M.index_select(0, place_M)
+        ends_E = count_E.cumsum(0, dtype=torch.int32)
         h_MF = F.silu(grouped_linear(x_MD, self.gate_proj, ends_E))
         h_MF = h_MF * grouped_linear(x_MD, self.up_proj, ends_E)
         y_MD = grouped_linear(h_MF, self.down_proj, ends_E)
 
-        y_NCD = y_MD.index_select(0, order_M.argsort()).unflatten(0, weight_NC.shape)
+        y_NCD = y_MD.index_select(0, place_M).unflatten(0, weight_NC.shape)
         y_ND = (y_NCD * weight_NC.to(y_NCD.dtype)[..., None]).sum(1)
         return y_ND.view(x_BTD.shape), routing
+
+
+def is_faster_padded(x_MD: Tensor, num_experts: int) -> bool:
+    """Whether each expert is to have a multiple of ROW_MULTIPLE rows. In bf16 on the CPU, oneDNN
+    makes a kernel for each number of rows that it has not seen, which takes longer than to use it;
+    experts have other numbers in each step."""
+    is_onednn = x_MD.device.type == "cpu" and x_MD.dtype == torch.bfloat16
+    return is_onednn and len(x_MD) >= ROW_MULTIPLE * num_experts
+
+
+def pad_experts(x_MD: Tensor, count_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns rows sorted by expert with rows of zeros behind those of each, so many that they are
+    a multiple of ROW_MULTIPLE; the new number of rows of each expert; and where each row lies
+    now."""
+    padded_E = (count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    added_E = (padded_E - count_E).cumsum(0) - (padded_E - count_E)  # in front of each expert
+    slot_M = torch.arange(len(x_MD)) + added_E.repeat_interleave(count_E)
+    x_PD = x_MD.new_zeros(int(padded_E.sum()), x_MD.shape[1]).index_copy(0, slot_M, x_MD)
+    return x_PD, padded_E, slot_M
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import grad
 
-from models import SLM, next_token_loss
+from models import SLM, moe, next_token_loss
 from models.model import MLP
-from models.moe import MoE, has_grouped_mm
+from models.moe import ROW_MULTIPLE, MoE, grouped_linear, has_grouped_mm, is_faster_padded
 from tests.helpers.small_models import MOE, random_model, reference_loss, windows
 
 ALIGNED = replace(MOE, d_model=48, n_heads=6, d_ff=16)
@@ -186,3 +186,24 @@ def test_experts_in_bf16_on_cuda_agree_with_float64_on_the_cpu(config):
             layer_output, random_experts(config, 0.2).float().cuda(), x_BTD
         )
     assert_near([part.cpu() for part in results], expected, 3e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 128])
+def test_rows_of_zeros_behind_those_of_each_expert_change_nothing(tokens, monkeypatch):
+    layer, x_BTD = random_experts(MOE), random_inputs(MOE, tokens)
+    expected = value_and_gradients(layer_output, layer, x_BTD)
+    rows = []
+    monkeypatch.setattr(moe, "is_faster_padded", lambda *_: True)
+    monkeypatch.setattr(
+        moe, "grouped_linear", lambda x, *rest: rows.append(len(x)) or grouped_linear(x, *rest)
+    )
+    assert_near(value_and_gradients(layer_output, layer, x_BTD), expected, 1e-13)
+    assert all(number % ROW_MULTIPLE == 0 for number in rows)
+
+
+def test_only_products_that_need_a_kernel_for_every_number_of_rows_are_padded():
+    rows = ROW_MULTIPLE * 4
+    assert is_faster_padded(torch.zeros(rows, 8, dtype=torch.bfloat16), 4)
+    assert not is_faster_padded(torch.zeros(rows - 1, 8, dtype=torch.bfloat16), 4)
+    assert not is_faster_padded(torch.zeros(rows, 8), 4)
+    assert not is_faster_padded(torch.zeros(rows, 8, dtype=torch.bfloat16, device="meta"), 4)
