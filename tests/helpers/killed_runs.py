@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[2]
 MAX_SECONDS = 60
 """No process of these tests takes as long."""
 LAZY_IMPORTS = [
-    "matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo", "utils.training.phase",
+    "matplotlib.backends.backend_agg", "matplotlib.figure", "utils.training.phase",
 ]  # fmt: skip
 """Modules that a run imports only where it needs them."""
 SHORT_NAMES = {

@@ -81,11 +81,39 @@ def test_the_scales_of_the_growth_history_reach_each_parameter_where_they_are_wa
     training = TrainingConfig(lr_scaling=lr_scaling, weight_decay=0.5)
     state = TrainState.from_model(SLM(DENSE))
     optimizer = build_optimizer(state, training, torch.float32, [Widen(2), Widen(3)])
-    optimizer.set_lr(0.25)
-    groups = {p: group for group in optimizer.adamw.param_groups for p in group["params"]}
-    matrix = groups[optimizer.model.blocks[0].attn.q_proj.weight]
-    assert matrix["lr"] == pytest.approx(0.25 * factor)
-    assert matrix["weight_decay"] * factor == pytest.approx(0.5)
-    assert matrix["eps"] == pytest.approx(1e-8 * factor)
-    gain = groups[optimizer.model.norm.weight]
-    assert (gain["lr"], gain["weight_decay"]) == (0.25, 0)
+    settings = {name: each for each, names in optimizer.groups.items() for name in names}
+    matrix = settings["blocks.0.attn.q_proj.weight"]
+    assert matrix.lr_scale == pytest.approx(factor)
+    assert matrix.weight_decay * factor == pytest.approx(0.5)
+    assert matrix.eps == pytest.approx(1e-8 * factor)
+    gain = settings["norm.weight"]
+    assert (gain.lr_scale, gain.weight_decay) == (1, 0)
+
+
+@pytest.mark.parametrize("lr_scaling", ["width", "none"])
+def test_training_is_that_of_torchs_optimizer_class_bit_for_bit(lr_scaling):
+    training = TrainingConfig(lr_scaling=lr_scaling, grad_clip=1e9, eps=1e-6)
+    state = TrainState.from_model(random_model(MOE).float())
+    optimizer = build_optimizer(deepcopy(state), training, torch.float32, [Widen(2)])
+    model = state.model()
+    params = dict(model.named_parameters())
+    theirs = torch.optim.AdamW(
+        [
+            {"params": [params[name] for name in names], **each._asdict()}
+            for each, names in optimizer.groups.items()
+        ],
+        betas=(training.beta1, training.beta2),
+        fused=True,
+    )
+    for step, lr in enumerate((1e-2, 3e-2, 1e-3)):
+        tokens = windows(MOE, seed=step)
+        optimizer.set_lr(lr)
+        for group in theirs.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        for each, take_step in ((optimizer.model, optimizer.step), (model, theirs.step)):
+            next_token_loss(each(tokens[:, :-1]), tokens).backward()
+            take_step()
+        theirs.zero_grad()
+    ours = optimizer.into_train_state()
+    adam = {name: theirs.state[param] for name, param in params.items()}
+    assert is_identical(ours, TrainState(MOE, TrainState.from_model(model).weights, adam))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from config import Deepen, InputError, Phase, Upcycle, Widen
+from tests.helpers.scripts import run_script
 from tests.helpers.small_models import is_identical
 from tests.helpers.small_runs import (
     CHECKPOINTS,
@@ -161,3 +162,17 @@ def test_two_checkpoints_are_the_same_function_right_after_growth_and_not_later(
     command = [sys.executable, SCRIPT, "--before", dense, "--after", last]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.endswith("NOT every law holds\n")
+
+
+RUN_ON_CPU = """
+import sys
+from pathlib import Path
+from tests.helpers.small_runs import small_run
+from train import main
+main(small_run(Path({folder!r})))
+assert "torch._dynamo" not in sys.modules, "seconds of every start"
+"""
+
+
+def test_a_run_on_a_cpu_does_not_load_torchs_compiler(tmp_path):
+    run_script(RUN_ON_CPU.format(folder=str(tmp_path)))

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from config import Growth, ModelConfig, TrainingConfig
 from models import SLM
@@ -102,45 +103,72 @@ def lr_scale_range(
 
 
 class TorchAdamW:
-    """Torch's own AdamW, on weights that are also what the model computes with."""
+    """Torch's own AdamW, on weights that are also what the model computes with. (Torch's optimizer
+    class does the same by the same function, but loads torch's compiler: a second of every start.)
+    """
 
     def __init__(self, state: TrainState, training: TrainingConfig, scales: AdamWScales):
-        self.model, self.grad_clip = state.model(), training.grad_clip
+        self.model, self.training, self.lr = state.model(), training, 0.0
         self.model.fused_kernels = training.fused_kernels
-        params = dict(self.model.named_parameters())
-        groups: dict[ParamSettings, list[Tensor]] = {}
-        for name, param in params.items():
-            groups.setdefault(scales[name].settings(training, param), []).append(param)
-        self.norm_weights = [scales[name].norm_weight for name in params]
-        self.adamw = torch.optim.AdamW(
-            [{"params": group, **settings._asdict()} for settings, group in groups.items()],
-            betas=(training.beta1, training.beta2),
-            fused=True,
-        )
-        for name, moments in state.adam.items():
-            self.adamw.state[params[name]] = moments
+        self.params, self.adam = dict(self.model.named_parameters()), dict(state.adam)
+        self.groups: dict[ParamSettings, list[str]] = {}
+        """Names of the parameters that have the same settings."""
+        for name, param in self.params.items():
+            self.groups.setdefault(scales[name].settings(training, param), []).append(name)
+        self.norm_weights = [scales[name].norm_weight for name in self.params]
 
     def set_lr(self, lr: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        self.lr = lr
 
     def step(self) -> Tensor:
-        weighted = zip(self.model.parameters(), self.norm_weights, strict=True)
+        weighted = zip(self.params.values(), self.norm_weights, strict=True)
         grads, weights = zip(*((p.grad, w) for p, w in weighted if p.grad is not None), strict=True)
         norm = global_norm(grads, weights)
-        divisor = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
-        # The fused kernel divides gradients by grad_scale, and leaves everything as it is where
-        # found_inf is 1, so that the host need not wait for the norm. On MPS it does neither.
+        divisor = ((norm + 1e-6) / self.training.grad_clip).clamp(min=1.0)
+        # The fused kernel divides gradients by its first scale, and leaves everything as it is
+        # where the second is 1, so that the host need not wait for the norm. On MPS it does
+        # neither.
         if norm.device.type != "mps":
-            self.adamw.grad_scale = divisor.float()  # pyright: ignore
-            self.adamw.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore
-            self.adamw.step()
+            self.update(divisor.float(), norm.isfinite().logical_not().float())
         elif norm.isfinite():
             for grad in grads:
                 grad.div_(divisor)
-            self.adamw.step()
-        self.adamw.zero_grad()
+            self.update(None, None)
+        self.model.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Updates every parameter that has a gradient."""
+        for settings, names in self.groups.items():
+            params, grads, moments = [], [], []
+            for name in names:
+                param = self.params[name]
+                if param.grad is None:
+                    continue
+                if name not in self.adam:
+                    self.adam[name] = fresh_moments(param.detach())
+                params.append(param)
+                grads.append(param.grad)
+                moments.append(self.adam[name])
+            adamw(
+                params,
+                grads,
+                exp_avgs=[each["exp_avg"] for each in moments],
+                exp_avg_sqs=[each["exp_avg_sq"] for each in moments],
+                max_exp_avg_sqs=[],
+                state_steps=[each["step"] for each in moments],
+                fused=True,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                amsgrad=False,
+                maximize=False,
+                beta1=self.training.beta1,
+                beta2=self.training.beta2,
+                lr=self.lr * settings.lr_scale,
+                weight_decay=settings.weight_decay,
+                eps=settings.eps,
+            )
 
     def weights(self) -> dict[str, Tensor]:
         return TrainState.from_model(self.model).weights
@@ -149,8 +177,15 @@ class TorchAdamW:
         return self.into_train_state()
 
     def into_train_state(self) -> TrainState:
-        state = TrainState.from_model(self.model)
-        for name, weight in self.model.named_parameters():
-            if weight in self.adamw.state:
-                state.adam[name] = self.adamw.state[weight]
-        return state
+        names = [name for name in self.params if name in self.adam]
+        adam = {name: self.adam[name] for name in names}
+        return TrainState(self.model.config, self.weights(), adam)
+
+
+def fresh_moments(weight: Tensor) -> dict[str, Tensor]:
+    """Returns Adam's state of a parameter that is new to it."""
+    return {
+        "step": weight.new_zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
+    }

@@ -17,6 +17,7 @@ from models.fused.adamw import ChunkTable, MasterPart, SettingTensors, join_mast
 from models.fused.cross_entropy import pad_rows
 from models.layerwise import LazyTensors
 from transfer import AdamWScales, TrainState
+from utils.optim.adamw import fresh_moments
 from utils.runtime.device import on_cpu
 
 FLOAT32_PARAMS = ("norm.weight", "router.weight", "position.weight")
@@ -117,15 +118,6 @@ class MasterWeightAdamW:
         for step, moments in zip(self.steps, self.adam.values(), strict=True):
             moments["step"] = step.clone()
         return self.adam
-
-
-def fresh_moments(master: Tensor) -> dict[str, Tensor]:
-    """Returns Adam's state of a parameter that is new to it."""
-    return {
-        "step": master.new_zeros(()),
-        "exp_avg": torch.zeros_like(master),
-        "exp_avg_sq": torch.zeros_like(master),
-    }
 
 
 def working_copy(state: TrainState) -> tuple[SLM, dict[str, tuple[Tensor, Tensor]]]:
