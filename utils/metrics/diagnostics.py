@@ -64,9 +64,14 @@ def weight_stats(rows: dict[str, Tile], weights: Mapping[str, Tensor]) -> dict[s
 def expert_distance(weight_EOI: Tensor) -> Tensor:
     """Returns the root mean square distance of two experts' weights, relative to their size. Two
     draws differ, squared, by twice the variance."""
-    tiny = torch.finfo(weight_EOI.dtype).tiny
-    variance = weight_EOI.var(0).sum()
-    return (2 * variance / weight_EOI.square().sum((1, 2)).mean().clamp_min(tiny)).sqrt()
+    tiny, experts = torch.finfo(weight_EOI.dtype).tiny, len(weight_EOI)
+    norm = torch.linalg.vector_norm
+    # From the first one, so that equal experts are at no distance. (Torch's `var` over experts
+    # takes 25 times as long on a CPU.)
+    away_EOI = weight_EOI - weight_EOI[0]
+    variance = norm(away_EOI).square() - norm(away_EOI.sum(0)).square() / experts
+    variance = variance.clamp_min(0) / (experts - 1)
+    return (2 * variance / (norm(weight_EOI).square() / experts).clamp_min(tiny)).sqrt()
 
 
 def routing_stats(layers: Iterable[Routing]) -> Tensor:

@@ -76,10 +76,10 @@ from utils.text.tokenizer import wanted_vocab_size
 from utils.training.init_from import InitSource
 from utils.training.kernels_ahead import KernelsAhead
 
-GPU_EVAL_TOKENS = 16_384
-"""Tokens that a GPU evaluates at a time, which needs no more memory than a training step."""
-LOW_MEMORY_EVAL_TOKENS = 4_096
-"""The same for a low-memory run."""
+EVAL_TOKENS_AT_ONCE = 4_096
+"""Tokens that are evaluated at a time."""
+GPU_EVAL_TOKENS_AT_ONCE = 16_384
+"""The same for a GPU, unless memory is low."""
 
 
 class RunSetup(NamedTuple):
@@ -256,11 +256,10 @@ class RunContext:
 
 
 def eval_batch_size(run: Run, device: torch.device) -> int:
-    """Returns how many sequences to evaluate at a time. A GPU wants many tokens, to be busy."""
-    if device.type != "cuda":
-        return 8
-    tokens = LOW_MEMORY_EVAL_TOKENS if run.training.low_memory else GPU_EVAL_TOKENS
-    return max(2, tokens // run.model.seq_len)
+    """Returns how many sequences to evaluate at a time."""
+    has_room = device.type == "cuda" and not run.training.low_memory
+    tokens = GPU_EVAL_TOKENS_AT_ONCE if has_room else EVAL_TOKENS_AT_ONCE
+    return max(1, tokens // run.model.seq_len)
 
 
 def check_run(run: Run) -> InitSource:
