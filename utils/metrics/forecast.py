@@ -47,7 +47,7 @@ class DeviceCosts(NamedTuple):
 
 
 GPU_COSTS = DeviceCosts(7100, 0, 0, 341, 6.5, 65, 0.03, 5e-4, 2e-10, 2e-9)
-CPU_COSTS = DeviceCosts(200, 0.46e9, 1.1e9, 0, 2, 10, 0.02, 1e-3, 2e-10, 2e-9)
+CPU_COSTS = DeviceCosts(200, 0.46e9, 0.5e9, 0, 2, 10, 0.02, 1e-3, 2e-10, 2e-9)
 
 
 class Forecast:
