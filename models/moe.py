@@ -13,7 +13,7 @@ from config import ModelConfig
 from models.precision import autocast_to
 
 ROW_MULTIPLE = 32
-"""Of which each expert's number of rows is made a multiple, where that is faster."""
+"""Each expert's number of rows is made a multiple of this where that is faster."""
 
 
 class Routing(NamedTuple):

@@ -16,8 +16,10 @@ from triton.runtime.cache import triton_key
 from triton.runtime.jit import JITFunction
 
 
-def load_compiler() -> None:
-    """Loads what the first launch of a kernel needs."""
+def load_compiler(device: torch.device) -> None:
+    """Loads what the first launch of a kernel needs: the device's context, and what Triton knows
+    compiled kernels by."""
+    torch.empty(1, device=device)
     triton_key()
 
 

@@ -129,6 +129,22 @@ def test_a_signal_that_comes_as_an_error_ends_a_run_cuts_no_write_short(signals,
     assert order == [1]
 
 
+def test_a_signal_in_the_last_wait_cuts_no_write_short(signals, monkeypatch):
+    wait = background.wait_interruptibly
+
+    def wait_with_signal(result, tick):
+        monkeypatch.setattr(background, "wait_interruptibly", wait)
+        goes_on.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(result, tick)
+
+    monkeypatch.setattr(background, "wait_interruptibly", wait_with_signal)
+    writer, goes_on, order = BackgroundWriter(), Event(), []
+    with pytest.raises(Stopped), writer.finished():
+        writer.submit(lambda: (goes_on.wait(9), time.sleep(0.1), order.append(1)), {})
+    assert order == [1]
+
+
 def test_a_run_that_an_error_and_its_last_write_stop_tells_of_both():
     writer = BackgroundWriter()
     with pytest.raises(NotFinite, match=r"^the loss is nan; the disk is full$"), writer.finished():

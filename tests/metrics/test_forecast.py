@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import TrainingConfig
+from config import TrainingConfig, full
 from tests.helpers.small_runs import FOUR_PHASES, small_run
 from utils.data import ValidWindows
 from utils.metrics.forecast import ADAM_BYTES, WEIGHT_BYTES, Forecast
@@ -155,3 +155,36 @@ def test_the_first_phase_may_grow_out_of_a_model_that_is_not_known(tmp_path):
     assert "growth" not in forecast.phase_work(phase)
     (left,) = forecast.seconds_left(phase, 0, 1.0, {})
     assert left["steps"] == pytest.approx(phase.steps)
+
+
+def test_a_phase_that_does_not_grow_may_follow_one_that_did(tmp_path):
+    run = small_run(tmp_path, TrainingConfig())
+    schedule = small_run(tmp_path, TRAINING).schedule
+    last = replace(schedule["moe"], growth=None, checkpoint="last.pt", init_checkpoint="")
+    phases = {"dense": schedule["dense"], "moe": schedule["moe"], "last": last}
+    phases = resolve_phases(replace(run, phases=phases))
+    forecast = make_forecast(phases, training=run.training)
+    left = forecast.seconds_left(phases[-1], 0, 1.0, dict.fromkeys(TIME_KINDS, 1.0))
+    assert len(left) == 1 and left[0]["steps"] == pytest.approx(phases[-1].steps)
+
+
+def test_where_the_last_phase_alone_is_trained_the_others_tell_nothing(phases):
+    last = phases[-1]
+    forecast = Forecast(phases, TRAINING, VALID, CPU, torch.float32, counted_from=last.number)
+    usual = make_forecast(phases[:1]).rates(phases[0], 1, 1.0, {})
+    rates = forecast.rates(last, 1, forecast.step_work(last), dict.fromkeys(TIME_KINDS, 99.0))
+    assert rates["steps"] == 1 and rates["samples"] == usual["samples"]
+
+
+@pytest.mark.parametrize(
+    "batch, milliseconds", [(None, (3.20, 6.90, 13.7, 16.1)), (64, (16.4, 26.0, 69.8, 85.5))]
+)
+def test_the_steps_of_an_h100_are_foreseen_from_those_of_the_first_phase(batch, milliseconds):
+    """Seconds of docs/performance.md, at the preset's batches and at 64 sequences."""
+    run = full()
+    phases = resolve_phases(replace(run, model=replace(run.model, vocab_size=50_257)))
+    phases = [replace(phase, batch_size=batch or phase.batch_size) for phase in phases]
+    forecast = make_forecast(phases, CUDA, torch.bfloat16, run.training)
+    works = [forecast.step_work(phase) for phase in phases]
+    foreseen = [milliseconds[0] * work / works[0] for work in works]
+    assert foreseen == pytest.approx(milliseconds, rel=0.15)

@@ -114,7 +114,8 @@ def test_time_goes_on_where_the_last_run_stopped(tmp_path):
         history("checkpoint")
     with History(path) as history:
         history("end")
-    assert [int(event["wall_s"]) for event in read_history(path)] == [60, 60]
+    first, last = (event["wall_s"] for event in read_history(path))
+    assert first == 60 < last
 
 
 for_each_recorded_history = pytest.mark.parametrize(

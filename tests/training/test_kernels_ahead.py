@@ -71,8 +71,19 @@ def test_a_run_goes_on_where_kernels_cannot_be_compiled_ahead(phases, monkeypatc
 
 
 def test_nothing_is_compiled_ahead_for_a_step_of_torchs_own_operations(phases, monkeypatch):
-    monkeypatch.setattr(KernelsAhead, "compile_phases", lambda *_: pytest.fail("compiled"))
     monkeypatch.setattr(kernels_ahead, "fused_kernels_available", lambda *_: True)
     for option in ({"fused_kernels": False}, {"low_memory": True}):
         training = replace(TRAINING, **option)
-        KernelsAhead(phases, training, torch.device("cpu"), BF16, 8).wait(phases[0])
+        assert not KernelsAhead(phases, training, torch.device("cpu"), BF16, 8).compiled
+
+
+def test_nobody_waits_for_ever_where_even_the_warning_fails(phases, monkeypatch):
+    def fail(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(kernels_ahead, "fused_kernels_available", lambda *_: True)
+    monkeypatch.setattr(KernelsAhead, "compile_phase", fail)
+    monkeypatch.setattr(kernels_ahead.tqdm, "write", fail)
+    kernels = KernelsAhead(phases, TRAINING, torch.device("cpu"), BF16, 8)
+    for phase in phases:
+        kernels.wait(phase)

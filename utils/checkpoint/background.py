@@ -116,6 +116,7 @@ class BackgroundWriter:
         """
         try:
             yield
+            self.wait()
         except BaseException as stop:
             try:
                 with suppress(Stopped), defer_signals():
@@ -125,4 +126,3 @@ class BackgroundWriter:
                     raise type(stop)(f"{stop}; {error}") from error
                 raise
             raise
-        self.wait()

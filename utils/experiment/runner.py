@@ -104,8 +104,10 @@ def train_variant(setup: RunSetup, state: TrainState) -> list[dict]:
     if not is_trained(setup):
         with lock_run_dir(run.out):
             path.unlink(missing_ok=True)
-            with History(path) as history:
-                context = RunContext.from_setup(setup, history)
+            stopwatch = Stopwatch()
+            with History(path, stopwatch.now) as history:
+                context = RunContext.from_setup(setup, history, stopwatch=stopwatch)
+                context.counted_from = phase.number
                 context.record_start()
                 context.begin_phase(history.now())
                 own_state = place_state(deepcopy(state), run.training, setup.device)

@@ -265,7 +265,7 @@ def estimate_line(phases: Sequence[ResolvedPhase], left: Sequence[Mapping[str, f
     line = f"about {format_duration(sum(seconds))} to come ({parts})"
     if sum(seconds) > LONG_RUN_S:
         line += (
-            "\nThat is long. `train.py tiny` shows every phase in about a minute; "
+            "\nThat is long. `train.py tiny` shows every phase in half a minute; "
             "--training.steps-phase1 ... 4 shorten the phases; a GPU is 100 times faster."
         )
     return line

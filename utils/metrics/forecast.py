@@ -46,8 +46,32 @@ class DeviceCosts(NamedTuple):
     """Seconds to write a byte of the last checkpoint, for which the run waits."""
 
 
-GPU_COSTS = DeviceCosts(7100, 0, 0, 341, 6.5, 65, 0.03, 5e-4, 2e-10, 2e-9)
-CPU_COSTS = DeviceCosts(200, 0.46e9, 0.5e9, 0, 2, 10, 0.02, 1e-3, 2e-10, 2e-9)
+GPU_COSTS = DeviceCosts(
+    update_flops=7100,
+    dense_layer_flops=0,
+    moe_layer_flops=0,
+    narrow_width=341,
+    fp32_factor=6.5,
+    growth_factor=65,
+    start_s=0.03,
+    sample_s=5e-4,
+    copy_s=2e-10,
+    write_s=2e-9,
+)
+"""Fitted to the steps of docs/performance.md, and to the default command's seconds, on an H100."""
+CPU_COSTS = DeviceCosts(
+    update_flops=200,
+    dense_layer_flops=0.46e9,
+    moe_layer_flops=0.5e9,
+    narrow_width=0,
+    fp32_factor=2,
+    growth_factor=10,
+    start_s=0.02,
+    sample_s=1e-3,
+    copy_s=2e-10,
+    write_s=2e-9,
+)
+"""Fitted to `train.py tiny` on two cores of an EPYC."""
 
 
 class Forecast:
@@ -60,8 +84,11 @@ class Forecast:
         valid: ValidWindows,
         device: torch.device,
         dtype: torch.dtype,
+        counted_from: int = 1,
     ):
-        """`dtype` is the training step's."""
+        """`dtype` is the training step's, and `counted_from` the number of the first phase whose
+        seconds are counted."""
+        self.counted_from = counted_from
         self.phases, self.training, self.valid = phases, training, valid
         self.costs = CPU_COSTS if device.type == "cpu" else GPU_COSTS
         self.is_fp32 = dtype == torch.float32
@@ -89,9 +116,13 @@ class Forecast:
         were done (what is done for the first time is slow), else in proportion to a step.
         """
         costs = self.costs
-        before = add_work(*map(self.phase_work, self.phases[: phase.number - 1]))
+        past = self.phases[self.counted_from - 1 : phase.number - 1]
+        before = add_work(*map(self.phase_work, past))
         whole, left = self.phase_work(phase), self.work_after(phase, step)
-        done = {kind: amount + whole[kind] - left.get(kind, 0.0) for kind, amount in before.items()}
+        done = {
+            kind: amount + whole.get(kind, 0.0) - left.get(kind, 0.0)
+            for kind, amount in before.items()
+        }
         if step_s is None:
             flop_s = so_far["steps"] / done["steps"]
         else:
@@ -108,7 +139,7 @@ class Forecast:
         measured = {
             kind: so_far[kind] / done[kind]
             for kind in ("evaluation", "growth", "samples", "saving")
-            if phase.number > 2 and before.get(kind) and so_far.get(kind)
+            if len(past) > 1 and before.get(kind) and so_far.get(kind)
         }
         return rates | measured
 

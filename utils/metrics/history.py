@@ -165,7 +165,7 @@ def loss_above_growth(events: list[dict], phase: int) -> list[tuple[dict, float]
     been before the phase's growth; nothing if the phase did not grow.
 
     Both losses are in float32 right after the growth; later ones are taken to be off float32's by
-    as much as that one was (docs/performance.md says how much they are not). Evaluations on other
+    as much as that one was (docs/performance.md says how far that is wrong). Evaluations on other
     text than that, which a change of EVALUATED_TEXT_SETTINGS brings, cannot be compared with it and
     are left out.
     """

@@ -16,6 +16,7 @@ from utils.runtime.stopwatch import Stopwatch
 STEP_METRICS: tuple[str, ...] = ("loss", "load_balance_loss", "z_loss", "grad_norm")
 """What a training step returns, in order."""
 TIMED_STEPS = 6
+"""Steps that a StepTimer times."""
 
 
 class AccumulatorState(NamedTuple):

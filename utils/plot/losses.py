@@ -146,10 +146,11 @@ def elapsed_time(events: list[dict]) -> str:
     """Returns the time that a run took, and its steps of it, or the time that it has taken so
     far."""
     whole = format_duration(events[-1]["wall_s"])
-    for end in select_events(events, "end"):
-        steps_s = time_spent(end).get("steps")
-        return whole if steps_s is None else f"{whole} ({format_duration(steps_s)} of steps)"
-    return f"{whole} so far"
+    end = next(iter(select_events(events, "end")), None)
+    if end is None:
+        return f"{whole} so far"
+    steps_s = time_spent(end).get("steps")
+    return whole if steps_s is None else f"{whole} ({format_duration(steps_s)} of steps)"
 
 
 def final_loss(events: list[dict]) -> str:

@@ -32,6 +32,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def use_device(device: torch.device) -> None:
+    """Makes a GPU that is named by its number the one of this thread."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def available_devices() -> list[str]:
     """Returns the names of the machine's devices, the fastest first."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 COMMAND_STARTED_S = time.perf_counter()
-"""When this module was imported, which is among the first things that a command does."""
+"""When this module was imported: a tenth of a second after a command was called."""
 TIME_KINDS = {
     "start": "imports, tokens, kernels, optimizers and CUDA graphs: what comes before steps",
     "steps": "training steps",
     "evaluation": "validation losses, those in float32 as well",
-    "growth": "growing the model, and checking its function on the probe",
+    "growth": "growing the model and checking its function on the probe, all growths together",
     "samples": "sample stories",
     "saving": "copying what is to be written into the host's memory, or writing it in place",
     "waiting": "waiting for files that were still being written beside the training",

@@ -68,11 +68,6 @@ class ResolvedPhase:
         """Names of the checkpoints that the phase leaves in the run's folder."""
         return [name for name in (self.init_checkpoint, self.checkpoint) if name]
 
-    @property
-    def flops(self) -> int:
-        """Floating-point operations that train the phase."""
-        return self.tokens * flops_per_token(self.config)
-
     def __str__(self) -> str:
         return f"phase {self.number} ({self.name})"
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,6 +61,7 @@ from utils.runtime.device import (
     dtype_name,
     reset_peak_memory,
     training_dtype,
+    use_device,
 )
 from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import raise_on_signals
@@ -79,7 +81,9 @@ from utils.training.kernels_ahead import KernelsAhead
 EVAL_TOKENS_AT_ONCE = 4_096
 """Tokens that are evaluated at a time."""
 GPU_EVAL_TOKENS_AT_ONCE = 16_384
-"""The same for a GPU, unless memory is low."""
+"""The same for a GPU."""
+TIGHT_EVAL_TOKENS_AT_ONCE = 2_048
+"""The same for a GPU whose memory is tight: with low_memory or micro-batches."""
 
 
 class RunSetup(NamedTuple):
@@ -140,6 +144,10 @@ class RunContext:
     live_plot: LivePlot
     init_source: InitSource
     resume_point: ResumePoint | None = None
+    counted_from: int = 1
+    """Number of the first phase whose time `stopwatch` counts."""
+    has_told_evaluations: bool = False
+    """Whether the terminal was told what share of the time evaluations take."""
     phase_started_s: float = 0.0
     """Seconds that the run had taken when the current phase began."""
 
@@ -151,11 +159,14 @@ class RunContext:
         checkpointer: ResumeCheckpointer | None = None,
         resume_point: ResumePoint | None = None,
         show_picture: Callable[[Path], None] = lambda picture: None,
+        stopwatch: Stopwatch | None = None,
     ) -> "RunContext":
         """Returns the context of a run whose folder is held and whose history is open.
-        `show_picture` is called with each picture that is drawn while the run goes on."""
+        `show_picture` is called with each picture that is drawn while the run goes on. `stopwatch`
+        counts the time of a run without a checkpointer, which has one."""
         run, device = setup.run, setup.device
-        writer = checkpointer.writer if checkpointer else BackgroundWriter(in_place=True)
+        writer = BackgroundWriter(in_place=True, stopwatch=stopwatch)
+        writer = checkpointer.writer if checkpointer else writer
         probe = spread_windows(setup.corpus.valid, run.model.seq_len, run.training.probe_sequences)
         valid, dtype = setup.valid, training_dtype(run.precision, device)
         batch_size = eval_batch_size(run, device)
@@ -257,8 +268,9 @@ class RunContext:
 
 def eval_batch_size(run: Run, device: torch.device) -> int:
     """Returns how many sequences to evaluate at a time."""
-    has_room = device.type == "cuda" and not run.training.low_memory
-    tokens = GPU_EVAL_TOKENS_AT_ONCE if has_room else EVAL_TOKENS_AT_ONCE
+    is_tight, tokens = run.training.low_memory or run.training.micro_batch_size, EVAL_TOKENS_AT_ONCE
+    if device.type == "cuda":
+        tokens = TIGHT_EVAL_TOKENS_AT_ONCE if is_tight else GPU_EVAL_TOKENS_AT_ONCE
     return max(1, tokens // run.model.seq_len)
 
 
@@ -288,8 +300,7 @@ def prepare_run(init_source: InitSource) -> RunSetup:
     """
     run = init_source.run
     device = choose_device(run.device)
-    if device.type == "cuda":
-        start_thread(lambda: load_device(device))  # it takes as long as the tokens
+    load_device(device)  # it takes as long as the tokens
     corpus = prepare_run_corpus(run)
     check_corpus_length(corpus, run.model.seq_len)
     wanted = wanted_vocab_size(corpus.tokenizer_name, run.model.vocab_size)
@@ -304,12 +315,16 @@ def prepare_run(init_source: InitSource) -> RunSetup:
 
 
 def load_device(device: torch.device) -> None:
-    """Loads what the first launch on a GPU needs, before it is needed."""
-    torch.empty(1, device=device)
+    """Begins to load what the first launch on a GPU needs, before it is needed."""
+    if device.type != "cuda":
+        return
+    use_device(device)
+    load = partial(use_device, device)
     if has_triton():
-        from models.fused.compile import load_compiler
+        from models.fused.compile import load_compiler  # not in a thread, beside other imports
 
-        load_compiler()
+        load = partial(load_compiler, device)
+    start_thread(load)
 
 
 def prepare_run_corpus(run: Run) -> Corpus:

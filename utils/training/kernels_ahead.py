@@ -20,10 +20,14 @@ from transfer import TrainState
 from transfer.plan import param_shapes
 from utils.optim.adamw import build_optimizer
 from utils.runtime.best_effort import BestEffort
-from utils.runtime.device import autocast, device_name
+from utils.runtime.device import autocast, device_name, use_device
 from utils.runtime.threads import start_thread, wait_interruptibly
 from utils.schedule.phases import ResolvedPhase
 from utils.training.step import train_step
+
+MAX_WAIT_S = 600.0
+"""Seconds after which a run has ended, or its first steps take so long that a minute of compiling
+is no matter."""
 
 
 class KernelsAhead:
@@ -59,10 +63,17 @@ class KernelsAhead:
     def compile_phases(self, phases: Sequence[ResolvedPhase]) -> None:
         """Compiles the kernels of each phase, of all but the first once that takes its steps."""
         compile_phase = BestEffort("compiling kernels ahead", self.compile_phase, tqdm.write)
-        for phase in phases:
-            compile_phase(phase)
-            self.compiled[phase.number].set_result(None)
-            self.may_go_on.wait()
+        try:
+            use_device(self.device)
+            for phase in phases:
+                compile_phase(phase)
+                self.compiled[phase.number].set_result(None)
+                if not self.may_go_on.wait(MAX_WAIT_S):
+                    break
+        finally:  # whatever comes, nobody waits for ever
+            for future in self.compiled.values():
+                if not future.done():
+                    future.set_result(None)
 
     def compile_phase(self, phase: ResolvedPhase) -> None:
         """Compiles the kernels of a phase, unless they lie in Triton's cache."""

@@ -40,7 +40,12 @@ class PhaseReporter:
         self.metrics = MetricAccumulator(context.device, phase.tokens_per_step, progress.metrics)
         self.timer = StepTimer(context.device, context.stopwatch)
         self.forecast = Forecast(
-            context.phases, context.run.training, context.valid, context.device, context.dtype
+            context.phases,
+            context.run.training,
+            context.valid,
+            context.device,
+            context.dtype,
+            context.counted_from,
         )
         self.events = phase_events(read_history(context.history.path), phase.number)
         self.lr_scale_range = lr_scale_range(
@@ -84,7 +89,8 @@ class PhaseReporter:
         training = context.run.training
         if self.metrics.steps and (step_s := self.timer.count()):
             # The first steps of a phase are slow: on a CPU kernels are made for their shapes.
-            is_first = not any(phase.steps for phase in context.phases[: self.phase.number - 1])
+            past = context.phases[context.counted_from - 1 : self.phase.number - 1]
+            is_first = not any(phase.steps for phase in past)
             self.tell_time_left(self.seconds_left(step_s if is_first else None))
             context.kernels.may_go_on.set()
         if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
@@ -99,12 +105,13 @@ class PhaseReporter:
                     context.live_plot.update()
 
     def tell_time_left(self, left: list[ByKind]) -> None:
-        """Says on the terminal how long the rest of the run takes, and in the first phase what its
+        """Says on the terminal how long the rest of the run takes, and the first time what its
         evaluations take."""
-        phases = self.context.phases[-len(left) :]
+        context, phases = self.context, self.context.phases[-len(left) :]
         tqdm.write(wrap_lines(estimate_line(phases, left)))
-        if self.phase.number == 1 and (line := evaluation_share_line(phases, left)):
+        if not context.has_told_evaluations and (line := evaluation_share_line(phases, left)):
             tqdm.write(wrap_lines(line))
+        context.has_told_evaluations = True
 
     def log(self, measured: dict[str, float]) -> None:
         """Writes a `step` line of what was measured since the last one."""
