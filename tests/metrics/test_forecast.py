@@ -9,9 +9,10 @@ import torch
 from config import TrainingConfig, full
 from tests.helpers.small_runs import FOUR_PHASES, small_run
 from utils.data import ValidWindows
-from utils.metrics.forecast import ADAM_BYTES, WEIGHT_BYTES, Forecast
+from utils.metrics.forecast import Forecast
 from utils.metrics.history import SETTLING_STEPS
 from utils.runtime.stopwatch import TIME_KINDS
+from utils.schedule.memory import CHECKPOINT_BYTES_PER_PARAM, POINT_BYTES_PER_PARAM
 from utils.schedule.phases import resolve_phases, resume_phases
 
 FLOP_S = 1e-9
@@ -58,7 +59,7 @@ def simulate(forecast: Forecast, dtype: torch.dtype, dearer: Counter | None = No
                 check = forecast.forward_work(model, probe_tokens)
                 spend("growth", FLOP_S * costs.growth_factor * check)
         if phase.init_checkpoint:
-            spend("saving", costs.copy_s * WEIGHT_BYTES * config.num_params)
+            spend("saving", costs.copy_s * CHECKPOINT_BYTES_PER_PARAM * config.num_params)
         spend("start", costs.start_s * config.n_layers)
         for step in range(phase.steps + 1):
             if step:
@@ -67,7 +68,7 @@ def simulate(forecast: Forecast, dtype: torch.dtype, dearer: Counter | None = No
             is_end = step == phase.steps
             is_settling = phase.growth and step in SETTLING_STEPS
             if is_end:
-                kept = WEIGHT_BYTES if is_last else ADAM_BYTES
+                kept = CHECKPOINT_BYTES_PER_PARAM if is_last else POINT_BYTES_PER_PARAM
                 spend("saving", costs.copy_s * kept * config.num_params)
             if step % training.eval_every == 0 or is_end or is_settling:
                 evaluate(config, 3 * 32)
@@ -77,7 +78,7 @@ def simulate(forecast: Forecast, dtype: torch.dtype, dearer: Counter | None = No
                 evaluate(config, 5 * 32)
         spend("samples", costs.sample_s * config.n_layers * training.sample_tokens)
         before = config
-    spend("waiting", costs.write_s * WEIGHT_BYTES * before.num_params)
+    spend("waiting", costs.write_s * CHECKPOINT_BYTES_PER_PARAM * before.num_params)
     return moments, spent
 
 

@@ -32,6 +32,7 @@ from utils.runtime.atomic_io import (
     load_tensors,
     save_tensors,
 )
+from utils.runtime.device import total_bytes
 from utils.runtime.errors import NotFinite
 from utils.runtime.signals import defer_signals
 from utils.runtime.stopwatch import TIME_KINDS
@@ -339,10 +340,8 @@ class ResumeCheckpointer:
         }
 
         path = self.out / RESUME_FOLDER / progress.file_name
-        weight_bytes = sum(weight.nbytes for weight in state.weights.values())
-        adam_bytes = sum(m.nbytes for moments in state.adam.values() for m in moments.values())
-        files = {self.out / end.file if end else path: weight_bytes}
-        files[path] = files.get(path, 0) + adam_bytes
+        files = {self.out / end.file if end else path: total_bytes(state.weights)}
+        files[path] = files.get(path, 0) + sum(map(total_bytes, state.adam.values()))
 
         def write() -> None:
             check_finite_weights(progress, state.weights, advice)

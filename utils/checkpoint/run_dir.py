@@ -36,6 +36,7 @@ from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.file_lock import acquire_lock
 from utils.runtime.formatting import format_gb, list_some
 from utils.runtime.signals import Stopped
+from utils.schedule.memory import CHECKPOINT_BYTES_PER_PARAM, POINT_BYTES_PER_PARAM
 from utils.schedule.phases import ResolvedPhase
 
 PASSED_ON = ("data.", "device", "model.seq_len", "precision", "tracker", "training.")
@@ -234,9 +235,11 @@ def existing_ancestor(path: Path) -> Path:
 
 def check_disk(out: Path, phases: list[ResolvedPhase]) -> None:
     """Raises InputError unless the checkpoints to come fit, with the points to resume from."""
-    weights = sum(4 * phase.config.num_params * len(phase.checkpoint_files) for phase in phases)
+    params = [phase.config.num_params for phase in phases]
+    checkpoints = zip(params, (len(phase.checkpoint_files) for phase in phases), strict=True)
+    weights = CHECKPOINT_BYTES_PER_PARAM * sum(size * files for size, files in checkpoints)
     # The points that are kept and the one that is being written: weights and both moments.
-    points = (KEPT_POINTS + 1) * max(12 * phase.config.num_params for phase in phases)
+    points = (KEPT_POINTS + 1) * POINT_BYTES_PER_PARAM * max(params)
     free = shutil.disk_usage(existing_ancestor(out)).free
     require(
         free > weights + points,

@@ -20,9 +20,10 @@ def is_worth_capturing(model: SLM, cache: KVCache, texts: list[list[int]], token
     is_capturable = weight.device.type == "cuda" and (
         weight.dtype == torch.bfloat16 or not model.config.num_experts
     )
+    if not is_capturable or tokens < MIN_CAPTURED_TOKENS:
+        return False
     reads_one = all(len(text) == n + 1 for text, n in zip(texts, cache.lengths, strict=True))
-    has_room = max(map(len, texts)) <= cache.slots
-    return is_capturable and reads_one and has_room and tokens >= MIN_CAPTURED_TOKENS
+    return reads_one and max(map(len, texts)) <= cache.slots
 
 
 class CapturedPass:

@@ -13,12 +13,11 @@ import torch
 from config import ModelConfig, TrainingConfig
 from utils.data import ValidWindows
 from utils.metrics.history import SETTLING_STEPS
+from utils.schedule.memory import CHECKPOINT_BYTES_PER_PARAM, POINT_BYTES_PER_PARAM
 from utils.schedule.phases import ResolvedPhase, flops_per_token
 
 ByKind = dict[str, float]
 """Amounts of work, or seconds, by TIME_KINDS."""
-ADAM_BYTES, WEIGHT_BYTES = 12, 4
-"""Bytes of a parameter in a resume point, and in a checkpoint."""
 
 
 class DeviceCosts(NamedTuple):
@@ -116,7 +115,7 @@ class Forecast:
         were done (what is done for the first time is slow), else in proportion to a step.
         """
         costs = self.costs
-        past = self.phases[self.counted_from - 1 : phase.number - 1]
+        past = self.past(phase)
         before = add_work(*map(self.phase_work, past))
         whole, left = self.phase_work(phase), self.work_after(phase, step)
         done = {
@@ -143,13 +142,16 @@ class Forecast:
         }
         return rates | measured
 
+    def past(self, phase: ResolvedPhase) -> Sequence[ResolvedPhase]:
+        """Returns the phases before one whose seconds are counted."""
+        return self.phases[self.counted_from - 1 : phase.number - 1]
+
     def step_work(self, phase: ResolvedPhase) -> float:
         """Returns the work of a step of a phase."""
         config, costs = phase.config, self.costs
         layer = costs.moe_layer_flops if config.num_experts else costs.dense_layer_flops
-        flops = phase.tokens_per_step * flops_per_token(config)
-        width = 1 + costs.narrow_width / config.d_model
-        return flops * width + config.n_layers * layer + costs.update_flops * config.num_params
+        flops = 3 * self.forward_work(config, phase.tokens_per_step)
+        return flops + config.n_layers * layer + costs.update_flops * config.num_params
 
     def forward_work(self, config: ModelConfig, tokens: float) -> float:
         """Returns the work of evaluating tokens."""
@@ -173,7 +175,7 @@ class Forecast:
             old, new = (self.forward_work(c, probe) for c in (before, phase.config))
             work["growth"] = 3 * old + 2 * new  # the old one also with rounded weights
         if phase.init_checkpoint:
-            work["saving"] = float(WEIGHT_BYTES * phase.config.num_params)
+            work["saving"] = float(CHECKPOINT_BYTES_PER_PARAM * phase.config.num_params)
         return work
 
     def work_after(self, phase: ResolvedPhase, step: int) -> ByKind:
@@ -181,13 +183,14 @@ class Forecast:
         config, is_last = phase.config, phase is self.phases[-1]
         further_tokens = self.valid.final_tokens - self.valid.tokens
         tokens = self.evaluations(phase, step) * self.valid.tokens + further_tokens
-        params = config.num_params
+        checkpoint_bytes = float(CHECKPOINT_BYTES_PER_PARAM * config.num_params)
+        point_bytes = float(POINT_BYTES_PER_PARAM * config.num_params)
         return {
             "steps": (phase.steps - step) * self.step_work(phase),
             "evaluation": self.forward_work(config, tokens),
             "samples": float(config.n_layers * self.training.sample_tokens),
-            "saving": float((WEIGHT_BYTES if is_last else ADAM_BYTES) * params),
-            "waiting": float(WEIGHT_BYTES * params * is_last),
+            "saving": checkpoint_bytes if is_last else point_bytes,
+            "waiting": checkpoint_bytes if is_last else 0.0,
         }
 
     def evaluations(self, phase: ResolvedPhase, step: int) -> int:

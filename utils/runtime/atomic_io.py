@@ -220,18 +220,19 @@ def checksum_trailer(crc: int) -> bytes:
 def ends_with_checksum(path: Path, crc: int) -> bool:
     """Whether a file is there and ends with a checksum, which need not be right."""
     trailer = checksum_trailer(crc)
-    if not path.is_file() or path.stat().st_size < len(trailer):
-        return False
-    with path.open("rb") as file:
-        file.seek(-len(trailer), os.SEEK_END)
-        return file.read() == trailer
+    return path.is_file() and read_end(path, len(trailer)) == trailer
 
 
 def ends_as_zip(path: Path) -> bool:
     """Whether a file ends as what torch saves does, a zip archive, with no checksum behind it."""
+    return read_end(path, ZIP_END_BYTES).startswith(ZIP_END_TAG)
+
+
+def read_end(path: Path, size: int) -> bytes:
+    """Returns the last `size` bytes of a file, or all where it has fewer."""
     with path.open("rb") as file:
-        file.seek(-min(ZIP_END_BYTES, path.stat().st_size), os.SEEK_END)
-        return file.read().startswith(ZIP_END_TAG)
+        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+        return file.read()
 
 
 def verify_checksum(path: Path, remedy: str = "") -> None:

@@ -118,6 +118,11 @@ def to_cpu(tensor: Tensor) -> Tensor:
     return copy
 
 
+def total_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Returns the bytes that tensors take together."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 @cache
 def pinned_chunks() -> list[Tensor]:
     """Returns the pinned memory through which tensors come from a GPU, one chunk after another."""

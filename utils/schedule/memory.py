@@ -22,8 +22,10 @@ MICRO_BATCH_BYTES_PER_PARAM = 2
 """What the fused step adds to that for gradients that add up in float32."""
 LOW_MEMORY_BYTES_PER_PARAM = 7.125
 """Weight and gradient in bf16, 8 more bits of the weight, two moments of 8 bits with scales."""
-COPY_BYTES_PER_PARAM = 12
-"""The float32 weight and two moments, as they are written."""
+CHECKPOINT_BYTES_PER_PARAM = 4
+"""The float32 weight, as it is written."""
+POINT_BYTES_PER_PARAM = 12
+"""The float32 weight and two moments, as they are copied and written."""
 SPLIT_BYTES_PER_PARAM = 8
 """What splitting the largest weight takes as a phase begins: there is no gradient yet, but all the
 other weights are still whole."""
@@ -88,7 +90,7 @@ def has_room(need_gb: float, free_gb: float | None) -> bool:
 def has_room_for_copy(phases: list[ResolvedPhase], run: Run, device: torch.device) -> bool:
     """Whether the host has room for a copy of the largest phase's weights and moments, beside what
     training takes there; also where that is not known."""
-    copy = COPY_BYTES_PER_PARAM * max(phase.config.num_params for phase in phases) / 1e9
+    copy = POINT_BYTES_PER_PARAM * max(phase.config.num_params for phase in phases) / 1e9
     is_on_host = device.type == "cpu"
     training = max(phase_memory_gb(p, run, device) for p in phases) if is_on_host else 0.0
     return has_room(copy + training, available_memory_gb())

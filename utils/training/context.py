@@ -165,8 +165,10 @@ class RunContext:
         `show_picture` is called with each picture that is drawn while the run goes on. `stopwatch`
         counts the time of a run without a checkpointer, which has one."""
         run, device = setup.run, setup.device
-        writer = BackgroundWriter(in_place=True, stopwatch=stopwatch)
-        writer = checkpointer.writer if checkpointer else writer
+        if checkpointer:
+            writer = checkpointer.writer
+        else:
+            writer = BackgroundWriter(in_place=True, stopwatch=stopwatch)
         probe = spread_windows(setup.corpus.valid, run.model.seq_len, run.training.probe_sequences)
         valid, dtype = setup.valid, training_dtype(run.precision, device)
         batch_size = eval_batch_size(run, device)
@@ -316,15 +318,11 @@ def prepare_run(init_source: InitSource) -> RunSetup:
 
 def load_device(device: torch.device) -> None:
     """Begins to load what the first launch on a GPU needs, before it is needed."""
-    if device.type != "cuda":
-        return
     use_device(device)
-    load = partial(use_device, device)
-    if has_triton():
+    if device.type == "cuda" and has_triton():
         from models.fused.compile import load_compiler  # not in a thread, beside other imports
 
-        load = partial(load_compiler, device)
-    start_thread(load)
+        start_thread(partial(load_compiler, device))
 
 
 def prepare_run_corpus(run: Run) -> Corpus:

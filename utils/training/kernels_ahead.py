@@ -50,7 +50,8 @@ class KernelsAhead:
         if training.fused_kernels and not training.low_memory:
             fused = [p for p in phases if fused_kernels_available(p.config, device, dtype)]
             self.compiled = {phase.number: Future() for phase in fused}
-            start_thread(lambda: self.compile_phases(fused))
+            if fused:
+                start_thread(lambda: self.compile_phases(fused))
 
     def wait(self, phase: ResolvedPhase) -> None:
         """Returns once the kernels of a phase are compiled, or could not be."""

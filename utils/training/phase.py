@@ -14,6 +14,7 @@ from utils.generate.stories import Story, encode_prompts, format_story, write_st
 from utils.metrics.console import growth_line
 from utils.metrics.history import last_metrics, read_history
 from utils.optim.adamw import build_optimizer, place_state
+from utils.runtime.device import total_bytes
 from utils.runtime.errors import NotFinite, RunStopped
 from utils.runtime.formatting import wrap_lines
 from utils.runtime.signals import Stopped, defer_signals
@@ -69,8 +70,8 @@ def grow_and_verify(state: TrainState, phase: ResolvedPhase, context: RunContext
         model = TrainState(state.config, state.weights)
         initial = make_checkpoint(context.writer.copy(model), phase, context, trained=False)
         path = context.run.out / phase.init_checkpoint
-        size = sum(weight.nbytes for weight in initial.weights.values())
-        context.writer.submit(lambda: save_checkpoint(path, initial), {path: size})
+        files = {path: total_bytes(initial.weights)}
+        context.writer.submit(lambda: save_checkpoint(path, initial), files)
         context.record(phase, "checkpoint", path=phase.init_checkpoint, trained=False)
     return state
 

@@ -89,8 +89,7 @@ class PhaseReporter:
         training = context.run.training
         if self.metrics.steps and (step_s := self.timer.count()):
             # The first steps of a phase are slow: on a CPU kernels are made for their shapes.
-            past = context.phases[context.counted_from - 1 : self.phase.number - 1]
-            is_first = not any(phase.steps for phase in past)
+            is_first = not any(phase.steps for phase in self.forecast.past(self.phase))
             self.tell_time_left(self.seconds_left(step_s if is_first else None))
             context.kernels.may_go_on.set()
         if self.metrics.steps and (self.step % training.log_every == 0 or is_end):
@@ -118,6 +117,8 @@ class PhaseReporter:
         low, high = self.lr_scale_range
         self.record("step", lr=self.lr, lr_min=low * self.lr, lr_max=high * self.lr, **measured)
         self.last |= measured
+        if self.bar.disable:
+            return
         speed = measured["tokens_per_s"]
         left = self.seconds_left(self.phase.tokens_per_step / speed)[0]
         time_left = tqdm.format_interval(sum(left.values()))
